@@ -1,0 +1,43 @@
+# Every target makes .venv when it is missing. PYTHON names the interpreter it is made with.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint types bench clean
+
+demo: .venv/.installed
+	$(BIN)/ekd distill --teachers resnet18,vgg16 --student lenet
+
+test: .venv/.dev
+	$(BIN)/python -m pytest
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(MAKE) types
+
+# mypy knows nothing of a package spread over three folders, so it sees a copy laid out as installed.
+types: .venv/.dev
+	rm -rf build/types && mkdir -p build/types
+	cp -r ensemble_kd build/types/
+	cp -r teachers analysis build/types/ensemble_kd/
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p ensemble_kd
+
+bench: .venv/.dev
+	$(BIN)/python benchmarks/demo_time.py
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11"; echo "  fix: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+.venv/.installed: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet -e .
+	touch $@
+
+.venv/.dev: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@ .venv/.installed

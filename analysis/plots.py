@@ -1,0 +1,35 @@
+"""Pictures: numbers in, PNG files out; nothing is computed here."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ensemble_kd import files
+
+
+def draw_heat_maps(matrices: Mapping[str, np.ndarray], names: Sequence[str], path: Path) -> None:
+    """Square matrices side by side, colours fixed to 0–1, into a PNG at `path`."""
+    import matplotlib as mpl
+    import seaborn as sns
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    side = 1.8 + 0.75 * len(names)
+    figure = Figure(figsize=(side * len(matrices) + 1, side), layout="constrained")
+    FigureCanvasAgg(figure)
+    with mpl.rc_context({"text.parse_math": False}):  # a name such as x$\\frac$ stays text
+        axes = figure.subplots(1, len(matrices), squeeze=False)[0]
+        for axis, (title, values) in zip(axes, matrices.items(), strict=True):
+            sns.heatmap(
+                values, vmin=0, vmax=1, cmap="magma", annot=True, fmt=".2f", square=True,
+                xticklabels=list(names), yticklabels=list(names), ax=axis,
+            )  # fmt: skip
+            axis.set_title(title)
+            axis.tick_params(axis="x", rotation=45)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=110)
+    files.write_bytes(path, buffer.getvalue())

@@ -1,0 +1,48 @@
+"""ensemble-kd: several unlike image classifiers taught into one small one.
+
+The public functions, loaded when first used so that importing the package stays cheap.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# In a checkout `teachers/` and `analysis/` lie beside this folder; installed, they lie inside it.
+if not (Path(__file__).parent / "teachers").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))
+
+__version__ = "0.1.0"
+
+_API = {
+    "distill": "ensemble_kd.distillation",
+    "train": "ensemble_kd.training",
+    "evaluate": "ensemble_kd.evaluation",
+    "load_student": "ensemble_kd.weights",
+    "load_teacher": "ensemble_kd.teachers.registry",
+    "load_data": "ensemble_kd.data",
+    "analyze_agreement": "ensemble_kd.analysis.agreement",
+    "EkdError": "ensemble_kd.errors",
+}
+__all__ = [*_API, "__version__"]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from ensemble_kd.analysis.agreement import analyze_agreement
+    from ensemble_kd.data import load_data
+    from ensemble_kd.distillation import distill
+    from ensemble_kd.errors import EkdError
+    from ensemble_kd.evaluation import evaluate
+    from ensemble_kd.teachers.registry import load_teacher
+    from ensemble_kd.training import train
+    from ensemble_kd.weights import load_student
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _API:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_API[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

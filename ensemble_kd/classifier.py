@@ -1,0 +1,129 @@
+"""A network together with what it needs to label raw images: its preprocessing and its class names."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ensemble_kd.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """From raw images to a network's input: channels, size, then mean and standard deviation."""
+
+    channels: int
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W), uint8 or float in [0, 1], to float (B, channels, *size), normalised."""
+        x = images.float() / 255 if images.dtype == torch.uint8 else images
+        x = _convert_channels(x, self.channels)
+        if tuple(x.shape[2:]) != self.size:
+            shrinks = x.shape[2] > self.size[0] or x.shape[3] > self.size[1]
+            x = F.interpolate(x, self.size, mode="bilinear", antialias=shrinks)
+        mean = torch.tensor(self.mean, device=x.device, dtype=x.dtype)[:, None, None]
+        std = torch.tensor(self.std, device=x.device, dtype=x.dtype)[:, None, None]
+        return (x - mean) / std
+
+
+def _convert_channels(x: Tensor, channels: int) -> Tensor:
+    if x.shape[1] == channels:
+        return x
+    if x.shape[1] == 1:
+        return x.expand(-1, channels, -1, -1)
+    if channels == 1:
+        from torchvision.transforms.v2.functional import rgb_to_grayscale
+
+        return rgb_to_grayscale(x)
+    raise ModelError(
+        f"images with {x.shape[1]} channels, for a network that takes {channels}",
+        "only grey ↔ RGB can be converted",
+        "use a network that takes these images, or convert them first",
+    )
+
+
+def fit_channels(values: Iterable[float], channels: int) -> tuple[float, ...]:
+    """Means or deviations for `channels` channels: as they are, or their average for each."""
+    values = tuple(values)
+    return values if len(values) == channels else (sum(values) / len(values),) * channels
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is needed to build a classifier again, apart from its weights."""
+
+    model: str
+    """The network's name, as `models.parse` takes it."""
+    form: str
+    """`small` for the small-image form of a network, `stock` for the library's own."""
+    preprocess: Preprocess
+    classes: tuple[str, ...]
+    data: str = ""
+    """The source of its training images."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Card:
+        """The card whose `to_json` gave `values`."""
+        pre = values["preprocess"]
+        preprocess = Preprocess(
+            pre["channels"], tuple(pre["size"]), tuple(pre["mean"]), tuple(pre["std"])
+        )
+        rest = {key: values[key] for key in ("model", "form", "data")}
+        return cls(**rest, preprocess=preprocess, classes=tuple(values["classes"]))
+
+
+class Classifier(nn.Module):
+    """Raw images in, logits out: `net` behind its own preprocessing, with a `card` that says what it is."""
+
+    def __init__(self, net: nn.Module, card: Card) -> None:
+        super().__init__()
+        self.net, self.card = net, card
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W), uint8 or float in [0, 1], of any size, to logits (B, classes)."""
+        x = self.card.preprocess(images)
+        if x.device.type == "cuda":
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self.net(x)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names, in the order of the logits."""
+        return self.card.classes
+
+    @property
+    def parameter_count(self) -> int:
+        """How many parameters the network has."""
+        return sum(p.numel() for p in self.net.parameters())
+
+    @property
+    def byte_count(self) -> int:
+        """The bytes of all parameters and buffers."""
+        return sum(t.numel() * t.element_size() for t in self.net.state_dict().values())
+
+    def freeze(self) -> Classifier:
+        """Eval mode and no gradients, for good; returns itself."""
+        self.requires_grad_(False)
+        return self.eval()
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all parameters and buffers with their names."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.net.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(flat.numpy().data)
+        return digest.hexdigest()

@@ -1,0 +1,60 @@
+"""`ekd distill` and `ekd resume`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ensemble_kd.cli.options import Debug, Json, Quiet, emit, guarded, hint_next, verb
+from ensemble_kd.config import DistillOptions
+
+if TYPE_CHECKING:
+    from ensemble_kd.distillation import DistillResult
+
+_FLAGS = (
+    "teachers", "student", "data", "data_root", "split", "image_size", "limit_train",
+    "temperature", "soft_weight", "weights", "pool", "controls", "augment", "views",
+    "epochs", "batch_size", "lr", "teacher_epochs", "teacher_size", "student_size", "stem", "train_teachers",
+    "seed", "device", "offline", "out", "overwrite",
+)  # fmt: skip
+
+
+_SWITCHES = {"train_teachers": ("--no-train", "fail where a teacher would have to be trained")}
+
+
+@verb(DistillOptions, _FLAGS, switches=_SWITCHES)
+def distill(given: dict[str, Any], config: Path | None, sets: list[str], as_json: bool) -> None:
+    """Teach one student from several teachers, beside its controls."""
+    from ensemble_kd.distillation import distill as run
+
+    _show(run(config_file=config, sets=sets, **given), as_json)
+
+
+def resume(
+    run: Annotated[Path, typer.Argument(help="folder of a run that was stopped")],
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Go on with a run that was stopped; networks that it finished are kept."""
+
+    def work() -> None:
+        from ensemble_kd.distillation import resume as go_on
+
+        _show(go_on(run), json)
+
+    guarded(work, quiet=quiet, debug=debug)
+
+
+def _show(result: DistillResult, as_json: bool) -> None:
+    from ensemble_kd.tables import metrics_table
+
+    emit(as_json, {"run": str(result.folder), **result.metrics}, metrics_table(result.metrics))
+    seconds = result.metrics["seconds"]
+    hint_next(
+        f"ekd analyze-agreement {result.folder}",
+        f"ekd evaluate {result.folder} --data {result.metrics['data']}",
+        f"open {result.folder / 'curves.png'}   (took {sum(seconds.values()):.0f} s)",
+    )

@@ -1,0 +1,135 @@
+"""Flags made from the fields of the option models, so that each option is described once."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ensemble_kd import console
+from ensemble_kd.config import SHORT, Options
+from ensemble_kd.errors import EkdError
+
+STOPPED = 75
+
+Config = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file with any of the options")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=V", help="any option; repeatable")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout instead of the table")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="only warnings and the result")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+
+
+def verb(
+    model: type[Options], flags: Sequence[str], arguments: Sequence[str] = (), switches: Mapping[str, tuple[str, str]] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Turn `work(given, config, sets, json)` into a command with one flag a field in `flags`.
+
+    Args:
+        model: whose fields describe the flags; nested ones by the short names of `config.SHORT`.
+        flags: names of fields; those named in `arguments` become positional.
+        switches: field → flag and help for booleans that are on by default, such as `--no-train`.
+    """
+
+    def decorate(work: Callable[..., None]) -> Callable[..., None]:
+        def command(config: Path | None, sets: list[str] | None, json: bool, quiet: bool, debug: bool, **flags: Any) -> None:
+            given = {key: value for key, value in flags.items() if value not in (None, [], False)}
+            for field in switches or {}:
+                given[field] = False if flags[field] else None
+            guarded(lambda: work(given, config, sets or [], json), quiet=quiet, debug=debug)
+
+        parameters = [_parameter(model, flag, flag in arguments, (switches or {}).get(flag)) for flag in flags]
+        common = {"config": Config, "sets": Sets, "json": Json, "quiet": Quiet, "debug": Debug}
+        defaults = {"config": None, "sets": None, "json": False, "quiet": False, "debug": False}
+        parameters += [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=hint)
+            for name, hint in common.items()
+        ]
+        command.__name__, command.__doc__ = work.__name__, work.__doc__
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return decorate
+
+
+def _parameter(model: type[Options], name: str, positional: bool, switch: tuple[str, str] | None) -> inspect.Parameter:
+    field = _field(model, SHORT.get(name, name))
+    text = field.description or ""
+    plain = field.default
+    if isinstance(plain, (str, int, float)) and not isinstance(plain, bool) and plain not in ("",):
+        text += f"; default {plain}"
+    elif isinstance(plain, list) and plain:
+        text += f"; default {','.join(plain)}"
+    flag, text = switch or (f"--{name.replace('_', '-')}", text)
+    if switch or field.annotation is bool:
+        hint: Any = Annotated[bool, typer.Option(flag, help=text)]
+        default: Any = False
+    elif positional:
+        hint, default = Annotated[str | None, typer.Argument(help=text, metavar=name.upper())], None
+    elif _takes_several(field.default, name):
+        hint, default = Annotated[list[str] | None, typer.Option(flag, help=text, metavar="A,B")], None
+    else:
+        hint, default = Annotated[str | None, typer.Option(flag, help=text, metavar=_metavar(field))], None
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+
+def _field(model: type[Options], dotted: str) -> Any:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        model = model.model_fields[parent].annotation  # type: ignore[assignment]
+    return model.model_fields[last]
+
+
+def _takes_several(default: Any, name: str) -> bool:
+    return isinstance(default, (list, dict)) or name == "temperature"
+
+
+def _metavar(field: Any) -> str:
+    text = str(field.annotation)
+    if "Literal" in text:
+        return "NAME"
+    return "N" if "int" in text or "float" in text else "PATH" if "Path" in text else "TEXT"
+
+
+def guarded(work: Callable[[], None], *, quiet: bool, debug: bool) -> None:
+    """Run a command; every error becomes a message and an exit code, never a traceback."""
+    console.log_to_stderr(quiet)
+    try:
+        work()
+    except EkdError as error:
+        if debug:
+            raise
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        print("stopped: what was finished is kept; `ekd resume RUN` goes on", file=sys.stderr)
+        raise typer.Exit(STOPPED) from None
+    except typer.Exit:
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+        why = getattr(error, "strerror", None) or str(error) or "no message"
+        print(f"error: {type(error).__name__}{where}\n  why: {why}\n  fix: see more with --debug", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+def emit(as_json: bool, value: Any, text: str) -> None:
+    """Print the result on stdout: as one JSON object, or as text."""
+    if as_json:
+        from ensemble_kd.files import to_json
+
+        print(to_json(value))
+    else:
+        print(text)
+
+
+def hint_next(*commands: str) -> None:
+    """The next commands to try, on stderr."""
+    print("\nnext:\n" + "\n".join(f"  {command}" for command in commands), file=sys.stderr)

@@ -1,0 +1,28 @@
+"""`ekd train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ensemble_kd.cli.options import emit, hint_next, verb
+from ensemble_kd.config import TrainOptions
+
+_FLAGS = (
+    "model", "data", "data_root", "split", "image_size", "limit_train", "role", "size", "stem", "augment",
+    "epochs", "batch_size", "lr", "seed", "device", "offline", "out", "overwrite",
+)  # fmt: skip
+
+
+@verb(TrainOptions, _FLAGS, arguments=["model"])
+def train(given: dict[str, Any], config: Path | None, sets: list[str], as_json: bool) -> None:
+    """Train one network on labels, as a teacher for the library or as a control."""
+    from ensemble_kd.tables import metrics_table
+    from ensemble_kd.training import train as run
+
+    result = run(given.pop("model", None), config_file=config, sets=sets, **given)
+    emit(as_json, {"run": str(result.folder), **result.metrics}, metrics_table(result.metrics))
+    hint_next(
+        f"ekd distill --teachers {result.folder} --student lenet --data {result.metrics['data']}",
+        f"ekd evaluate {result.folder} --data {result.metrics['data']}",
+    )

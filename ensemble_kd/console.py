@@ -1,0 +1,80 @@
+"""What a person sees while something runs: log lines and progress bars, all on stderr."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+log = logging.getLogger("ensemble_kd")
+log.addHandler(logging.NullHandler())
+
+
+@contextmanager
+def progress(description: str, total: int) -> Iterator[Callable[..., None]]:
+    """A progress bar on a terminal, nothing elsewhere.
+
+    Yields:
+        `advance(steps=1, note="")`, to call as the work goes on.
+    """
+    if not sys.stderr.isatty() or _stderr.level > logging.INFO:
+        yield lambda steps=1, note="": None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[note]}", markup=False),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(description, total=total, note="")
+
+        def advance(steps: int = 1, note: str | None = None) -> None:
+            bar.update(task, advance=steps, **({} if note is None else {"note": note}))
+
+        yield advance
+
+
+def log_to_stderr(quiet: bool = False) -> None:
+    """Show log lines on stderr; epoch lines (debug) only where no progress bar shows them."""
+    _stderr.setStream(sys.stderr)
+    shown = logging.INFO if sys.stderr.isatty() else logging.DEBUG
+    _stderr.setLevel(logging.WARNING if quiet else shown)
+    if _stderr not in log.handlers:
+        log.addHandler(_stderr)
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+
+
+@contextmanager
+def log_to_file(path: Path) -> Iterator[None]:
+    """Append every log line to `path`, with the time, while the block runs."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setLevel(logging.DEBUG)
+    before = log.level
+    if log.getEffectiveLevel() > logging.DEBUG:
+        log.setLevel(logging.DEBUG)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
+        handler.close()
+
+
+class _Prefix(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        return prefix + record.getMessage()
+
+
+_stderr = logging.StreamHandler()
+_stderr.setFormatter(_Prefix())

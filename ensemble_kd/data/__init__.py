@@ -1,0 +1,65 @@
+"""Data: sources by name, splits, and views."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ensemble_kd.data.dataset import Dataset, Images, check_labels, hold_out
+from ensemble_kd.data.folders import load_folder
+from ensemble_kd.data.sources import SOURCES
+from ensemble_kd.errors import DataError, nearest
+
+__all__ = ["Dataset", "Images", "load_data"]
+
+FOLDER = "imagefolder:"
+
+
+def load_data(
+    source: str = "digits",
+    *,
+    root: str | Path | None = None,
+    split: float = 0.2,
+    val_fraction: float = 0.1,
+    split_seed: int = 0,
+    image_size: int | None = None,
+    limit_train: int | None = None,
+    offline: bool = False,
+) -> Dataset:
+    """Load a source, with a validation split held out of its training images.
+
+    Args:
+        source: a name of `SOURCES`, or `imagefolder:PATH` for a folder or archive of images.
+        root: where the files of a named source lie, or are downloaded to.
+        split: the part of an image folder without `train/` that becomes the test split.
+        val_fraction: the part of the training images that is held out, stratified by class.
+        split_seed: fixes which images those are.
+        image_size: decode the images of a folder to squares of this side.
+        limit_train: train on this many images only (after holding out), drawn evenly from the classes.
+        offline: never download.
+
+    Raises:
+        DataError: with everything that is wrong with the source.
+    """
+    path = Path(root).expanduser() if root is not None else None
+    if source.startswith(FOLDER):
+        folder = Path(source.removeprefix(FOLDER)).expanduser()
+        train, val, test, classes = load_folder(folder, split, image_size)
+        augment = "crop-flip"
+    elif source in SOURCES:
+        loader, augment = SOURCES[source]
+        train, test, classes = loader(path, offline)
+        val = None
+    else:
+        hint = nearest(source, SOURCES)
+        raise DataError(
+            f"unknown data source {source!r}",
+            f"known are {', '.join(SOURCES)} and {FOLDER}PATH",
+            hint or f"for a folder of images say {FOLDER}{source}",
+        )
+    for part, name in ((train, "train"), (test, "test"), (val, "val")):
+        if part is not None:
+            check_labels(part.known_labels, classes, f"{source}, {name}")
+    if val is None:
+        train, val = hold_out(train, val_fraction, split_seed)
+    dataset = Dataset(source, classes, train, val, test, augment)
+    return dataset.limit_train(limit_train) if limit_train else dataset

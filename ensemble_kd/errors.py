@@ -1,0 +1,72 @@
+"""Every error that a user can cause, in one family.
+
+A message has three parts, each one line: what and where, why, and how to mend it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: `what` (and where), `why`, and the `fix`."""
+
+    what: str
+    why: str = ""
+    fix: str = ""
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.why:
+            lines.append(f"  why: {self.why}")
+        if self.fix:
+            lines.append(f"  fix: {self.fix}")
+        return "\n".join(lines)
+
+
+class EkdError(Exception):
+    """Base of all errors with a message for the user; holds one or more `problems`."""
+
+    def __init__(self, what: str | Sequence[Problem], why: str = "", fix: str = "") -> None:
+        self.problems = (Problem(what, why, fix),) if isinstance(what, str) else tuple(what)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class ConfigError(EkdError):
+    """The options are wrong; all that is wrong with them is listed at once."""
+
+
+class DataError(EkdError):
+    """The images or labels cannot be used."""
+
+
+class ModelError(EkdError):
+    """A model cannot be found, built, or used for this data."""
+
+
+class WeightsError(EkdError):
+    """A file of weights cannot be read, or does not belong to the model."""
+
+
+class RunError(EkdError):
+    """A run folder is missing, occupied or incomplete."""
+
+
+class TrainingError(EkdError):
+    """Training cannot go on."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name most like `name`, as `did you mean 'x'?`, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else ""
+
+
+def listing(names: Iterable[object], limit: int = 10) -> str:
+    """Names joined by commas, cut after `limit` with a count of the rest."""
+    names = [str(name) for name in names]
+    rest = f" … and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest

@@ -1,0 +1,112 @@
+"""A classifier for a data set, before training: its form, input size, normalisation and first weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ensemble_kd import pretrained
+from ensemble_kd.classifier import Card, Classifier, Preprocess, fit_channels
+from ensemble_kd.console import log
+from ensemble_kd.data.dataset import Dataset
+from ensemble_kd.errors import ModelError, listing
+from ensemble_kd.models import ModelName, build, choose_form, choose_size
+from ensemble_kd.weights import fill, has_card, load_classifier, read_tensors, weights_path
+
+
+def is_file(weights: str | None) -> bool:
+    """Whether what stands behind the @ of a name is a file rather than a tag."""
+    return weights is not None and weights.endswith((".safetensors", ".pth", ".pt", ".bin"))
+
+
+def new_classifier(
+    name: ModelName,
+    data: Dataset,
+    *,
+    size: int | None = None,
+    stem: str = "auto",
+    seed: int = 0,
+    offline: bool = False,
+) -> Classifier:
+    """Build the network that `name` means for `data`; the same seed gives the same weights.
+
+    Published weights are taken where the name asks for them. Where it does not, stock networks on
+    images over 64 pixels start from them if they can be had, and say so if not.
+
+    Raises:
+        ModelError: the network cannot be built, or not for these images.
+        WeightsError: a file of weights does not fit.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if name.library == "file":
+            return for_data(load_classifier(weights_path(Path(name.arch).expanduser())), data, name.label)
+        if is_file(name.weights) and has_card(file := Path(str(name.weights)).expanduser()):
+            return for_data(load_classifier(file, code=name), data, name.label)
+        return _build(name, data, size, stem, offline)
+
+
+def _build(name: ModelName, data: Dataset, size: int | None, stem: str, offline: bool) -> Classifier:
+    form = choose_form(name, data.image_size, stem)
+    classes, channels = len(data.classes), data.channels
+    loaded = None
+    if not is_file(name.weights) and name.weights != "own":
+        loaded = _published(name, classes, channels, size, form, offline)
+    if loaded is not None:
+        pre = Preprocess(loaded.channels, (loaded.size, loaded.size), loaded.mean, loaded.std)
+        net = loaded.net
+    else:
+        side = choose_size(
+            name, num_classes=classes, channels=channels, image_size=data.image_size, form=form, wanted=size
+        )
+        net = build(name, num_classes=classes, channels=channels, size=side, form=form)
+        took = 3 if name.library == "tv" else channels
+        mean, std = (fit_channels(values, took) for values in data.mean_and_std())
+        pre = Preprocess(took, (side, side), mean, std)
+        if is_file(name.weights):
+            path = Path(str(name.weights)).expanduser()
+            fill(net, read_tensors(path), path)
+    if pre.channels != channels:
+        log.info("%s takes %s: the %s images are converted", name.label, _colour(pre.channels), _colour(channels))
+    return Classifier(net, Card(name.canonical, form, pre, data.classes, data.name))
+
+
+def _published(
+    name: ModelName, classes: int, channels: int, size: int | None, form: str, offline: bool
+) -> pretrained.Pretrained | None:
+    wanted = pretrained.is_wanted(name)
+    if not wanted and (form == "small" or name.library not in ("timm", "tv")):
+        return None
+    if wanted and form == "small":
+        log.info("%s keeps its stock form, which its published weights need", name.label)
+    try:
+        return pretrained.load(name, classes, channels, size, offline)
+    except ModelError as error:
+        if wanted:
+            raise
+        log.warning("%s starts from scratch: %s", name.label, error.problems[0].why)
+        return None
+
+
+def for_data(classifier: Classifier, data: Dataset, label: str) -> Classifier:
+    """The classifier, if its classes are those of `data` in the same order.
+
+    Raises:
+        ModelError: they are not; shows both lists.
+    """
+    own, wanted = classifier.classes, data.classes
+    if own == wanted:
+        return classifier
+    both = f"its classes: {listing(own)}; those of {data.name}: {listing(wanted)}"
+    if len(own) != len(wanted):
+        what = f"{label!r} has {len(own)} classes, and {data.name} has {len(wanted)}"
+    elif set(own) == set(wanted):
+        what = f"{label!r} has the classes of {data.name} in another order"
+    else:
+        what = f"{label!r} has other classes than {data.name}"
+    raise ModelError(what, both, f"train it on this data: ekd train {classifier.card.model} --data {data.name}")
+
+
+def _colour(channels: int) -> str:
+    return {1: "grey", 3: "RGB"}.get(channels, f"{channels}-channel")

@@ -1,0 +1,147 @@
+"""What the tables show: pure functions of logits, in float64, with bootstrap intervals.
+
+Shapes: `N` samples, `C` classes. Every mean is taken over samples, never over batch means.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from scipy import stats
+from torch import Tensor
+
+CALIBRATION_BINS = 15
+RESAMPLES = 1000
+
+
+class Measure(TypedDict):
+    """A number with its 95 % bootstrap interval over samples."""
+
+    value: float
+    low: float
+    high: float
+
+
+def per_sample(
+    logits: Float[Tensor, "N C"],
+    labels: Int[Tensor, " N"],
+    target: Float[Tensor, "N C"] | None = None,
+) -> dict[str, Float[Tensor, " N"]]:
+    """Each measure's contribution of each sample; the mean over samples is the measure.
+
+    Args:
+        logits: of the model that is judged.
+        labels: the true classes.
+        target: the ensemble's probabilities at temperature 1, for the teacher–student measures.
+
+    Returns:
+        `accuracy`, `top5` (where C > 5) and `nll` (nats); with a target also
+        `teacher_student_cross_entropy`, `teacher_student_kl` (nats) and `agreement`.
+    """
+    log_q = torch.log_softmax(logits.double(), dim=1)
+    values = {"accuracy": correct(logits, labels).double()}
+    if logits.shape[1] > 5:
+        top5 = logits.topk(5, dim=1).indices
+        values["top5"] = (top5 == labels[:, None]).any(dim=1).double()
+    values["nll"] = -log_q.gather(1, labels[:, None]).squeeze(1)
+    if target is not None:
+        p = target.double()
+        cross_entropy = -(p * log_q).sum(dim=1)
+        values["teacher_student_cross_entropy"] = cross_entropy
+        values["teacher_student_kl"] = cross_entropy + torch.xlogy(p, p).sum(dim=1)
+        values["agreement"] = (logits.argmax(dim=1) == target.argmax(dim=1)).double()
+    return values
+
+
+def correct(logits: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> Bool[Tensor, " N"]:
+    """Whether the most likely class is the true one."""
+    return logits.argmax(dim=1) == labels
+
+
+def calibration_terms(
+    logits: Float[Tensor, "N C"], labels: Int[Tensor, " N"], bins: int = CALIBRATION_BINS
+) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:
+    """The confidence bin of each sample, (lo, hi] of equal width, and its correctness − confidence."""
+    confidence = torch.softmax(logits.double(), dim=1).amax(dim=1)
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1].to(logits.device)
+    return torch.bucketize(confidence, edges), correct(logits, labels).double() - confidence
+
+
+def expected_calibration_error(
+    logits: Float[Tensor, "N C"], labels: Int[Tensor, " N"], bins: int = CALIBRATION_BINS
+) -> float:
+    """Σ_bins (n_bin / N) · |accuracy − confidence| (Guo et al. 2017, equation 3).
+
+    It is biased upwards: a perfectly calibrated model scores about 0.02 at N = 2000.
+    """
+    index, gap = calibration_terms(logits, labels, bins)
+    per_bin = torch.zeros(bins, dtype=gap.dtype, device=gap.device).index_add_(0, index, gap)
+    return float(per_bin.abs().sum() / len(labels))
+
+
+def measure(
+    logits: Float[Tensor, "N C"],
+    labels: Int[Tensor, " N"],
+    target: Float[Tensor, "N C"] | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Measure]:
+    """All measures of `per_sample` and `ece`, each with a percentile bootstrap interval."""
+    samples = per_sample(logits, labels, target)
+    measures = {
+        name: bootstrap_mean(values, resamples=resamples, seed=seed)
+        for name, values in samples.items()
+    }
+    ece = _bootstrap_ece(*calibration_terms(logits, labels), resamples=resamples, seed=seed)
+    return {**measures, "ece": Measure(value=expected_calibration_error(logits, labels), **ece)}
+
+
+def bootstrap_mean(
+    values: Float[Tensor, " N"], *, resamples: int = RESAMPLES, seed: int = 0
+) -> Measure:
+    """The mean of `values` with its 95 % percentile bootstrap interval."""
+    array = values.detach().cpu().numpy().astype(np.float64)
+    mean = float(array.mean())
+    if len(array) < 2:
+        return Measure(value=mean, low=mean, high=mean)
+    return Measure(value=mean, **_interval(array, np.mean, resamples, seed))
+
+
+def _bootstrap_ece(
+    index: Tensor, gap: Tensor, *, resamples: int, seed: int
+) -> dict[str, float]:  # low and high
+    signed = np.zeros((len(gap), CALIBRATION_BINS))
+    signed[np.arange(len(gap)), index.cpu().numpy()] = gap.cpu().numpy()
+    # A resample is a vector of counts; one product gives all bins of a block of resamples.
+    generator = np.random.default_rng(seed)
+    draws = []
+    for start in range(0, resamples, 100):
+        block = min(100, resamples - start)
+        counts = generator.multinomial(len(gap), np.full(len(gap), 1 / len(gap)), size=block)
+        draws.append(np.abs(counts @ signed).sum(axis=1) / len(gap))
+    low, high = np.percentile(np.concatenate(draws), [2.5, 97.5])
+    return {"low": float(low), "high": float(high)}
+
+
+def _interval(array: np.ndarray, statistic: Any, resamples: int, seed: int) -> dict[str, float]:
+    result = stats.bootstrap(
+        (array,),
+        statistic,
+        n_resamples=resamples,
+        batch=100,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    low, high = result.confidence_interval
+    return {"low": float(low), "high": float(high)}
+
+
+def mean_and_spread(values: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation (n − 1) over runs; the deviation of one run is NaN."""
+    array = np.asarray(values, dtype=np.float64)
+    spread = float(array.std(ddof=1)) if len(array) > 1 else float("nan")
+    return float(array.mean()), spread

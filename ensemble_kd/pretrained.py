@@ -1,0 +1,143 @@
+"""Published weights through timm's and torchvision's own loaders, with a head for the classes at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ensemble_kd.errors import ModelError, listing, nearest
+from ensemble_kd.models import ModelName
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A network with published weights and a fresh head, and the input it was trained on."""
+
+    net: nn.Module
+    size: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    origin: str
+
+
+def is_wanted(name: ModelName) -> bool:
+    """Whether the name asks for published weights: by a tag, or by being on the hub."""
+    return name.library == "hf-hub" or name.weights is not None or (name.library == "timm" and "." in name.arch)
+
+
+def at_hand(name: ModelName) -> str:
+    """`cached`, `download` (published, not on this machine) or `none`."""
+    if name.library == "timm":
+        import timm
+        from huggingface_hub import try_to_load_from_cache
+
+        config = timm.get_pretrained_cfg(name.arch)
+        if config is None or not config.has_weights:
+            return "none"
+        for file in ("model.safetensors", "pytorch_model.bin"):
+            if config.hf_hub_id and isinstance(try_to_load_from_cache(config.hf_hub_id, file), str):
+                return "cached"
+        return "cached" if _in_torch_hub(str(config.url or "")) else "download"
+    if name.library == "tv":
+        weights = _tv_weights(name)
+        if weights is None:
+            return "none"
+        return "cached" if _in_torch_hub(weights.url) else "download"
+    return "download" if name.library == "hf-hub" else "none"
+
+
+def load(name: ModelName, num_classes: int, channels: int, size: int | None, offline: bool) -> Pretrained:
+    """Fetch the weights and put a fresh head on them; the head must be trained before use.
+
+    Raises:
+        ModelError: there are none, they cannot be had, or `offline` forbids to fetch them.
+    """
+    state = at_hand(name)
+    if state == "none":
+        raise ModelError(
+            f"{name.label!r} has no published weights", f"{name.library} names none for it",
+            "leave the weights out, and it is trained from scratch",
+        )  # fmt: skip
+    if offline and state != "cached":
+        raise ModelError(
+            f"the weights of {name.label!r} are not on this machine",
+            "--offline forbids to download them",
+            "run once without --offline, or leave the weights out and it is trained from scratch",
+        )
+    try:
+        return _load_tv(name, num_classes) if name.library == "tv" else _load_timm(name, num_classes, channels, size)
+    except ModelError:
+        raise
+    except Exception as error:  # the loaders raise whatever their network libraries raise
+        raise ModelError(
+            f"the weights of {name.label!r} could not be fetched",
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}",
+            "check the network, or leave the weights out and it is trained from scratch",
+        ) from error
+
+
+def _load_timm(name: ModelName, num_classes: int, channels: int, size: int | None) -> Pretrained:
+    import timm
+
+    arch = name.arch if name.library == "timm" else f"hf-hub:{name.arch}"
+    if name.library == "timm" and name.weights:
+        arch = f"{arch}.{name.weights}"
+    options: dict[str, Any] = {"num_classes": num_classes, "in_chans": channels, "pretrained": True}
+    config = timm.get_pretrained_cfg(name.arch) if name.library == "timm" else None
+    if size is not None and config is not None and config.fixed_input_size:
+        options["img_size"] = size
+    net = timm.create_model(arch, **options)
+    facts = timm.data.resolve_model_data_config(net)
+    return Pretrained(
+        net, size or int(facts["input_size"][-1]), channels, tuple(facts["mean"]), tuple(facts["std"]), arch
+    )
+
+
+def _load_tv(name: ModelName, num_classes: int) -> Pretrained:
+    from torchvision import models
+
+    weights = _tv_weights(name)
+    assert weights is not None
+    net = models.get_model(name.arch, weights=weights)
+    _replace_head(net, num_classes)
+    facts = weights.transforms()
+    size = facts.crop_size[0] if isinstance(facts.crop_size, (list, tuple)) else facts.crop_size
+    return Pretrained(net, int(size), 3, tuple(facts.mean), tuple(facts.std), f"tv:{name.arch}@{weights.name}")
+
+
+def _tv_weights(name: ModelName) -> Any:
+    from torchvision import models
+
+    known = models.get_model_weights(name.arch)
+    tag = name.weights or "DEFAULT"
+    if tag != "DEFAULT" and tag not in known.__members__:
+        raise ModelError(
+            f"torchvision has no weights {tag!r} for {name.arch!r}",
+            f"it has {listing(known.__members__)}",
+            nearest(tag, known.__members__) or "name one of these",
+        )
+    return known[tag] if len(known) else None
+
+
+def _replace_head(net: nn.Module, num_classes: int) -> None:
+    """Put a fresh last layer (linear, or squeezenet's 1×1 convolution) into a torchvision network."""
+    for path, module in reversed(list(net.named_modules())):
+        if isinstance(module, nn.Linear):
+            fresh: nn.Module = nn.Linear(module.in_features, num_classes)
+        elif isinstance(module, nn.Conv2d):
+            fresh = nn.Conv2d(module.in_channels, num_classes, module.kernel_size)  # type: ignore[arg-type]
+        else:
+            continue
+        parent, _, attribute = path.rpartition(".")
+        setattr(net.get_submodule(parent), attribute, fresh)
+        return
+
+
+def _in_torch_hub(url: str) -> bool:
+    name = url.rpartition("/")[2]
+    return bool(name) and (Path(torch.hub.get_dir()) / "checkpoints" / name).is_file()

@@ -1,0 +1,67 @@
+"""Tables as plain text: the same on a terminal, in a file and from Python."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ensemble_kd.results import verdict
+
+_COLUMNS = {
+    "accuracy": "accuracy",
+    "top5": "top-5",
+    "nll": "NLL",
+    "ece": "ECE",
+    "teacher_student_cross_entropy": "t–s CE",
+    "teacher_student_kl": "t–s KL",
+    "agreement": "agreement",
+}
+_SHARES = ("accuracy", "top5", "agreement")
+
+
+def text_table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> str:
+    """Left-aligned first column, right-aligned others, as wide as it needs to be."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, header in enumerate(headers):
+        table.add_column(Text(header), justify="left" if number == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))  # Text: names are never read as markup
+    buffer = io.StringIO()
+    Console(file=buffer, width=1000, color_system=None).print(table)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()).strip("\n")
+
+
+def metrics_table(metrics: Mapping[str, Any]) -> str:
+    """The table of a run (see `results.compare`), its sizes and its verdict."""
+    models: Mapping[str, Mapping[str, Any]] = metrics["models"]
+    measured = [name for name in _COLUMNS if any(name in row for row in models.values())]
+    headers = ["", *(_COLUMNS[name] for name in measured), "parameters", "MB"]
+    rows = [
+        [
+            name if row["role"] in ("student", "ensemble") else f"{row['role']} {name}",
+            *(_cell(name, row.get(name)) for name in measured),
+            f"{row['parameters']:,}",
+            f"{row['bytes'] / 1e6:.2f}",
+        ]
+        for name, row in models.items()
+    ]
+    title = f"{metrics['data']}, {metrics['split']} split, {metrics['n']:,} images"
+    parts = [text_table(headers, rows, title)]
+    if "times_smaller" in metrics:
+        parts.append(f"The student is {metrics['times_smaller']:.0f} times smaller than the teachers together.")
+        parts.append(verdict(metrics["differences"]))
+    return "\n".join(parts)
+
+
+def _cell(name: str, value: Mapping[str, float] | None) -> str:
+    if value is None:
+        return "–"
+    if name == "accuracy":
+        return f"{100 * value['value']:.2f} % [{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
+    return f"{100 * value['value']:.1f} %" if name in _SHARES else f"{abs(value['value']):.4f}"

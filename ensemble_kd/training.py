@@ -1,0 +1,97 @@
+"""`train`: one network on labels, as a teacher for the library or as a control."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ensemble_kd import config, files, recipes
+from ensemble_kd.classifier import Classifier
+from ensemble_kd.config import TrainOptions
+from ensemble_kd.console import log
+from ensemble_kd.curves import draw_curves
+from ensemble_kd.data import load_data
+from ensemble_kd.device import choose_device
+from ensemble_kd.fit import predict, train_on_labels
+from ensemble_kd.fresh import new_classifier
+from ensemble_kd.metrics import measure
+from ensemble_kd.models import parse
+from ensemble_kd.runs import Run, Stopwatch, surroundings
+from ensemble_kd.teachers.library import history_of
+from ensemble_kd.teachers.registry import load_teacher
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run: its folder, its metrics.json as a dictionary, and the network in eval mode."""
+
+    folder: Path
+    metrics: dict[str, Any]
+    model: Classifier
+
+
+def train(
+    model: str | None = None, *, config_file: str | Path | None = None, sets: Sequence[str] = (), **options: Any
+) -> TrainResult:
+    """Train one network on labels and leave a run folder with `model.safetensors`.
+
+    As a `teacher` (the default) it gets a teacher's recipe and is kept in the teacher library, where
+    `distill` finds it; as a `control` it gets a student's.
+
+    Args:
+        model: a name (see `models.parse`).
+        config_file: YAML with any of the options.
+        sets: assignments such as `"training.weight_decay=0.01"`.
+        options: the fields of `config.TrainOptions`; nested ones also by their short names.
+
+    Raises:
+        EkdError: options, data or model cannot be used.
+    """
+    file = Path(config_file) if config_file else None
+    chosen = config.resolve(TrainOptions, {**options, "model": model}, file=file, sets=sets)
+    watch, device, name = Stopwatch(), choose_device(chosen.device), parse(chosen.model)
+    data = load_data(**chosen.load_arguments())
+    policy = data.augment if chosen.augment == "auto" else chosen.augment
+    run = Run.create(
+        chosen.out, f"{chosen.data}-{name.label}", chosen.overwrite,
+        config.to_yaml(chosen, augment=policy, out=None, overwrite=False),
+    )  # fmt: skip
+    log.info("run folder %s", run.folder)
+    overrides = chosen.training.model_dump()
+    watch.lap("data")
+    with run.working():
+        if chosen.role == "teacher":
+            teacher = load_teacher(
+                name, data, size=chosen.size, stem=chosen.stem, seed=chosen.seed, augment=policy,
+                training=overrides, device=device, offline=chosen.offline,
+            )  # fmt: skip
+            classifier, history = teacher.classifier, history_of(Path(teacher.origin))
+        else:
+            classifier = new_classifier(
+                name, data, size=chosen.size, stem=chosen.stem, seed=chosen.seed, offline=chosen.offline
+            )
+            recipe = recipes.student_recipe(classifier.net, len(data.train), overrides)
+            history = train_on_labels(
+                classifier, data, recipe, policy, seed=chosen.seed, device=device, description=name.label
+            )
+        watch.lap("training")
+        run.keep_network("model", classifier, history)
+        test = data.test.to(device)
+        row = {
+            "role": chosen.role,
+            "parameters": classifier.parameter_count,
+            "bytes": classifier.byte_count,
+            **measure(predict(classifier, test), test.known_labels),
+        }
+        if history:
+            draw_curves(run.history(), run.path("curves.png"))
+        watch.lap("test")
+        metrics = {
+            "data": data.name, "split": "test", "n": len(test), "models": {name.label: row}, "seconds": watch.seconds,
+        }  # fmt: skip
+        facts = {"seed": chosen.seed, "data": {"name": data.name, "fingerprint": data.fingerprint()}}
+        files.write_json(run.path("manifest.json"), surroundings(device) | facts)
+        files.write_json(run.path("metrics.json"), metrics)
+    return TrainResult(run.folder, metrics, classifier)

@@ -1,0 +1,238 @@
+"""Weights on disk: safetensors files with a card, and files of bare weights from elsewhere.
+
+A file written here holds the tensors of one network and, as the only entry of its metadata, the card
+as JSON: one entry, because several would be written in an order that changes between processes.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ensemble_kd import files
+from ensemble_kd.classifier import Card, Classifier
+from ensemble_kd.errors import EkdError, WeightsError, listing
+from ensemble_kd.models import ModelName, build, parse
+
+_METADATA = "ensemble_kd"
+_RUN_FILES = ("student.safetensors", "model.safetensors")
+
+
+def save_classifier(path: Path, classifier: Classifier) -> None:
+    """Write the network's tensors and its card to one file: the same classifier gives the same bytes."""
+    tensors = {
+        name: tensor.detach().cpu().clone().contiguous()
+        for name, tensor in classifier.net.state_dict().items()
+    }
+    card = json.dumps(classifier.card.to_json(), sort_keys=True, ensure_ascii=False)
+    # Through our own writer: safetensors' save_file ignores the umask and does not flush.
+    files.write_bytes(path, safetensors.torch.save(tensors, metadata={_METADATA: card}))
+
+
+def load_student(path: str | Path, device: str | torch.device = "cpu") -> Classifier:
+    """Load a classifier from a run folder or from a `.safetensors` file written by this project.
+
+    Args:
+        path: the folder or file; `py:FILE.py:factory@FILE.safetensors` for a module of your own.
+        device: where to put it.
+
+    Returns:
+        A `Classifier` in eval mode: raw images (B, C, H, W), uint8 or float in [0, 1], to logits.
+
+    Raises:
+        WeightsError: the file is missing, damaged, or does not belong to the network it names.
+    """
+    text = str(path)
+    if text.startswith("py:"):
+        name = parse(text)
+        if name.weights is None:
+            raise WeightsError(f"{text} names no weights", "only the code is named", f"say {text}@FILE.safetensors")
+        return load_classifier(Path(name.weights), code=name).to(device).eval()
+    return load_classifier(weights_path(Path(text).expanduser())).to(device).eval()
+
+
+def weights_path(path: Path) -> Path:
+    """The file of weights that `path` means: itself, or the one of a run folder.
+
+    Raises:
+        WeightsError: there is nothing there, or the folder holds no weights.
+    """
+    if not path.exists():
+        raise WeightsError(f"no run folder or file at {path}", "there is nothing at that path", "check the path")
+    if not path.is_dir():
+        return path
+    for name in _RUN_FILES:
+        if (path / name).is_file():
+            return path / name
+    raise WeightsError(
+        f"{path} is a folder without {' or '.join(_RUN_FILES)}",
+        "it is no finished run",
+        "name a finished run folder, or a .safetensors file",
+    )
+
+
+def load_classifier(path: Path, code: ModelName | None = None) -> Classifier:
+    """Build the network that the file's card names, and fill it; every key must fit.
+
+    A card can name code of the user's, which is run only where the user names it too, as `code`.
+
+    Raises:
+        WeightsError: see `load_student`.
+    """
+    card = read_card(path)
+    name = code or _safe_name(card, path)
+    pre = card.preprocess
+    try:
+        net = build(
+            name, num_classes=len(card.classes), channels=pre.channels, size=pre.size[0], form=card.form
+        )
+    except EkdError:
+        raise
+    except Exception as error:
+        raise WeightsError(
+            f"cannot build {card.model} as the card of {path} says", f"{type(error).__name__}: {error}",
+            "the card is damaged, or timm or torchvision changed; fetch the file again",
+        ) from error  # fmt: skip
+    fill(net, read_tensors(path), path)
+    return Classifier(net, card).eval()
+
+
+def _safe_name(card: Card, path: Path) -> ModelName:
+    if card.model.startswith("py:"):
+        raise WeightsError(
+            f"{path} belongs to a module of your own",
+            "code is run only where you name it",
+            f"name the code and the file together: {card.model}@{path}",
+        )
+    return parse(card.model)
+
+
+def has_card(path: Path) -> bool:
+    """Whether the file is a safetensors file that says which network it belongs to."""
+    return path.suffix == ".safetensors" and _METADATA in _metadata(path)
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    _check_file(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def read_card(path: Path) -> Card:
+    """The card in the file's metadata.
+
+    Raises:
+        WeightsError: the file cannot be read, or has no card.
+    """
+    metadata = _metadata(path)
+    if _METADATA not in metadata:
+        raise WeightsError(
+            f"{path} does not say which network it belongs to",
+            "it was not written by ensemble-kd",
+            f"name the architecture before it: resnet18@{path}",
+        )
+    try:
+        return Card.from_json(json.loads(metadata[_METADATA]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a `.safetensors`, `.pth` or `.pt` file, on the CPU; no code in it is run.
+
+    Raises:
+        WeightsError: the file is missing, empty, cut off, or of another kind than its name says.
+    """
+    _check_file(path)
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load(path.read_bytes())
+        return _state_dict(torch.load(path, map_location="cpu", weights_only=True), path)
+    except (safetensors.SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise _damaged(path, error) from error
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path} is not a plain file of weights",
+            "it holds Python objects other than tensors, which are never loaded",
+            "save its state_dict() alone, best as safetensors",
+        ) from error
+
+
+def _state_dict(loaded: object, path: Path) -> dict[str, Tensor]:
+    for key in ("state_dict", "model", "model_state_dict"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+            break
+    if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise WeightsError(f"{path} holds no state_dict", f"it holds a {type(loaded).__name__}", "save model.state_dict()")
+    return {str(key).removeprefix("module."): value for key, value in loaded.items()}
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise WeightsError(f"{path} is a folder", "a file of weights is wanted here", "name the file in it")
+    if not path.is_file():
+        raise WeightsError(f"no file of weights at {path}", "there is nothing at that path", "check the path")
+    with path.open("rb") as file:
+        head = file.read(64)
+    if not head:
+        raise WeightsError(f"{path} is empty", "a download or a copy was cut off", "fetch the file again")
+    if head.startswith(b"version https://git-lfs"):
+        raise WeightsError(
+            f"{path} is a Git-LFS pointer, not the weights", "the repository was cloned without its large files",
+            "run `git lfs pull` in it",
+        )  # fmt: skip
+    if path.suffix == ".safetensors" and (head.startswith(b"PK\x03\x04") or head[:1] == b"\x80"):
+        raise WeightsError(
+            f"{path} is a pickle under the name of a safetensors file", "pickles can run code, so it is not opened",
+            "ask its author for a real safetensors file, or rename it to .pth (tensors alone are then read)",
+        )  # fmt: skip
+
+
+def _damaged(path: Path, error: Exception) -> WeightsError:
+    if isinstance(error, WeightsError):
+        return error
+    why = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return WeightsError(f"{path} is damaged or cut off", why, "fetch or make the file again")
+
+
+def fill(net: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Load `tensors` into `net`; every name and shape must agree.
+
+    Raises:
+        WeightsError: names or shapes differ; says whether it is another architecture, another number
+            of classes, or a few keys.
+    """
+    own = net.state_dict()
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = [key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape]
+    if len(missing) > len(own) / 2 or len(shapes) > len(own) / 2:
+        raise WeightsError(
+            f"{path} is of another architecture than {type(net).__name__}",
+            f"of {len(own)} tensors, {len(missing)} are missing and {len(shapes)} have another shape",
+            "name the architecture that the file was made with",
+        )
+    if missing or extra:
+        raise WeightsError(
+            f"{path} does not fit {type(net).__name__}",
+            f"missing: {listing(missing, 3) or 'none'}; not known: {listing(extra, 3) or 'none'}",
+            "rename the keys, or name the architecture that the file was made with",
+        )
+    if shapes:
+        key = sorted(shapes)[-1]
+        raise WeightsError(
+            f"{path} does not fit {type(net).__name__}",
+            f"{key} is {tuple(tensors[key].shape)} in the file and {tuple(own[key].shape)} in the network",
+            "the number of classes or channels differs: use weights made for this data",
+        )
+    net.load_state_dict(dict(tensors))

@@ -1,0 +1,59 @@
+"""The teacher library: networks trained here, kept in the cache under a key of what they were made from."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from ensemble_kd import files
+from ensemble_kd.classifier import Classifier
+from ensemble_kd.console import log
+from ensemble_kd.weights import load_classifier, save_classifier
+
+
+def library_dir() -> Path:
+    """The folder of the library, inside the cache."""
+    return files.cache_dir() / "teachers"
+
+
+def folder_of(made_from: dict[str, Any]) -> Path:
+    """Where a teacher made from these facts lies: readable, and unique by their hash."""
+    key = files.sha256_json(made_from)[:12]
+    readable = re.sub(r"[^\w.-]+", "-", f"{made_from['model']}-{made_from['data']}-s{made_from['seed']}")
+    return library_dir() / f"{readable[-80:].strip('-')}-{key}"
+
+
+def find(made_from: dict[str, Any]) -> Classifier | None:
+    """The teacher made from these facts, or None; a file that changed since it was kept is not used."""
+    folder = folder_of(made_from)
+    weights, facts = folder / "model.safetensors", folder / "teacher.json"
+    if not facts.is_file() or not weights.is_file():
+        return None
+    if files.read_json(facts)["sha256"] != files.sha256_file(weights):
+        log.warning("%s was changed since it was kept: the teacher is trained again", weights)
+        return None
+    return load_classifier(weights)
+
+
+def keep(classifier: Classifier, made_from: dict[str, Any], results: dict[str, Any]) -> Path:
+    """Save a trained teacher; `teacher.json` is written last, so a teacher without it is incomplete."""
+    folder = folder_of(made_from)
+    save_classifier(folder / "model.safetensors", classifier)
+    digest = files.sha256_file(folder / "model.safetensors")
+    files.write_json(folder / "teacher.json", {"sha256": digest, "made_from": made_from, "results": results})
+    return folder
+
+
+def kept() -> list[dict[str, Any]]:
+    """What is in the library: one row a teacher, with `folder`, `made_from` and `results`."""
+    rows = []
+    for facts in sorted(library_dir().glob("*/teacher.json")):
+        rows.append({"folder": facts.parent, **files.read_json(facts)})
+    return rows
+
+
+def history_of(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a kept teacher's training; none for a teacher that was not trained here."""
+    facts = folder / "teacher.json"
+    return files.read_json(facts)["results"]["history"] if facts.is_file() else []

@@ -1,0 +1,132 @@
+"""Teachers by name: found in a file or the library, or trained now and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ensemble_kd import files, recipes
+from ensemble_kd.classifier import Classifier
+from ensemble_kd.console import log
+from ensemble_kd.data import load_data
+from ensemble_kd.data.dataset import Dataset
+from ensemble_kd.device import choose_device
+from ensemble_kd.errors import ModelError
+from ensemble_kd.fit import Recipe, train_on_labels
+from ensemble_kd.fresh import is_file, new_classifier
+from ensemble_kd.models import ModelName, parse
+from ensemble_kd.teachers import library
+from ensemble_kd.teachers.ensemble import Teacher
+
+
+def load_teacher(
+    name: str | ModelName,
+    data: str | Dataset = "digits",
+    *,
+    size: int | None = None,
+    stem: str = "auto",
+    seed: int = 0,
+    augment: str | None = None,
+    training: Mapping[str, Any] | None = None,
+    train: bool = True,
+    device: str | torch.device = "auto",
+    offline: bool = False,
+) -> Teacher:
+    """A frozen teacher that labels `data`.
+
+    In this order: a run, a file of weights or a module that brings its own; the teacher library;
+    training now on the training split (from published weights where the name asks for them or they
+    can be had), after which it is kept in the library.
+
+    Args:
+        name: see `models.parse`; a seed in the name (`resnet18#1`) goes before `seed`.
+        data: a source's name, or a loaded data set.
+        size: the side of its input in pixels, if not the one it would choose.
+        stem: `auto`, or `imagenet` to keep the stock form on small images.
+        augment: the policy of views to train with; None takes what suits the data.
+        training: recipe numbers that differ from the default, such as `{"epochs": 3}`.
+        train: whether it may be trained now.
+
+    Raises:
+        ModelError: it cannot be had, its classes differ, or it would have to be trained and may not.
+        WeightsError: its file is damaged.
+    """
+    model = parse(name) if isinstance(name, str) else name
+    dataset = load_data(data) if isinstance(data, str) else data
+    if model.note:
+        log.info("%s", model.note)
+    target = device if isinstance(device, torch.device) else choose_device(device)
+    seed = seed if model.seed is None else model.seed
+    options: dict[str, Any] = {"size": size, "stem": stem, "seed": seed, "offline": offline}
+    if _is_trained(model):
+        classifier = new_classifier(model, dataset, **options)
+        origin = str(Path(model.weights or model.arch))
+        return Teacher.of(model.label, classifier.to(target), origin)
+    classifier = new_classifier(model, dataset, **{**options, "offline": offline or not train})
+    recipe = recipes.teacher_recipe(classifier.net, len(dataset.train), training or {})
+    policy = augment or dataset.augment
+    made_from = _made_from(model, classifier, dataset, recipe, policy, seed)
+    kept = library.find(made_from)
+    if kept is not None:
+        log.info("teacher %s: from the library", model.label)
+        return Teacher.of(model.label, kept.to(target), str(library.folder_of(made_from)))
+    if not train:
+        raise ModelError(
+            f"teacher {model.label!r} is not in the library for {dataset.name} with this recipe",
+            "--no-train forbids to train it now",
+            f"leave --no-train out, or train it first: ekd train {model.text} --data {dataset.name}",
+        )
+    folder = _train_and_keep(model.label, classifier, dataset, recipe, policy, seed, target, made_from)
+    return Teacher.of(model.label, classifier, str(folder))
+
+
+def _is_trained(name: ModelName) -> bool:
+    return name.library == "file" or is_file(name.weights) or name.weights == "own"
+
+
+def _made_from(
+    name: ModelName, classifier: Classifier, data: Dataset, recipe: Recipe, policy: str, seed: int
+) -> dict[str, Any]:
+    """All that a trained teacher depends on; equal facts mean the same teacher."""
+    return {
+        "model": name.canonical,
+        "code": files.sha256_file(Path(name.arch.rpartition(":")[0])) if name.library == "py" else None,
+        "first_weights": classifier.fingerprint(),
+        "card": classifier.card.to_json() | {"data": None},
+        "data": data.name,
+        "pixels": data.fingerprint(),
+        "recipe": recipe.to_json(),
+        "augment": policy,
+        "seed": seed,
+    }
+
+
+def _train_and_keep(
+    label: str,
+    classifier: Classifier,
+    data: Dataset,
+    recipe: Recipe,
+    policy: str,
+    seed: int,
+    device: torch.device,
+    made_from: dict[str, Any],
+) -> Path:
+    pre = classifier.card.preprocess
+    log.info(
+        "teacher %s: training on %s at %d×%d, %d epochs",
+        label, data.name, pre.size[0], pre.size[1], recipe.epochs,
+    )  # fmt: skip
+    history = train_on_labels(
+        classifier, data, recipe, policy, seed=seed, device=device, description=f"teacher {label}"
+    )
+    folder = library.keep(classifier, made_from, {"val": history[-1]["val"], "history": history})
+    log.info("teacher %s: validation accuracy %.3f, kept in %s", label, history[-1]["val"]["accuracy"], folder)
+    return folder
+
+
+def can_be_reseeded(name: ModelName | None) -> bool:
+    """Whether another seed gives another teacher; None stands for an object of the user's."""
+    return name is not None and not _is_trained(name)
