@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ensemble_kd import files
 from ensemble_kd.analysis.plots import draw_heat_maps
-from ensemble_kd.config import AgreementOptions, resolve
+from ensemble_kd.config import resolve
 from ensemble_kd.data import load_data
 from ensemble_kd.device import choose_device
 from ensemble_kd.errors import ConfigError
@@ -22,6 +22,7 @@ from ensemble_kd.evaluation import load_any
 from ensemble_kd.fit import predict
 from ensemble_kd.metrics import RESAMPLES, Measure
 from ensemble_kd.runs import RUNS, Run
+from ensemble_kd.schema import AgreementOptions
 from ensemble_kd.tables import text_table
 
 CELLS = ("both_right", "only_first", "only_second", "both_wrong", "same_wrong")
@@ -36,7 +37,16 @@ class Agreement:
 
     def table(self) -> str:
         """One row a pair."""
-        headers = ["", "agreement", "kappa", "both right", "only first", "only second", "both wrong", "same wrong class"]
+        headers = [
+            "",
+            "agreement",
+            "kappa",
+            "both right",
+            "only first",
+            "only second",
+            "both wrong",
+            "same wrong class",
+        ]
         rows = [
             [
                 f"{pair['first']} – {pair['second']}",
@@ -46,7 +56,9 @@ class Agreement:
             ]
             for pair in self.numbers["pairs"]
         ]
-        title = f"{self.numbers['data']}, test split, {self.numbers['n']:,} images; 95 % intervals over images"
+        title = (
+            f"{self.numbers['data']}, test split, {self.numbers['n']:,} images; 95 % intervals over images"
+        )
         return text_table(headers, rows, title)
 
 
@@ -65,7 +77,7 @@ def analyze_agreement(
         models: instead of a run, models by name, run folder or file, judged on `data`.
         config_file: YAML with any of the options.
         sets: assignments such as `"seed=1"`.
-        options: the other fields of `config.AgreementOptions`.
+        options: the other fields of `schema.AgreementOptions`.
 
     Returns:
         The numbers; agreement.json and agreement.png are written to the run's `analysis/` folder, or
@@ -88,7 +100,11 @@ def analyze_agreement(
         labels, source, data = true.numpy(), str(opened.folder), opened.metrics()["data"]
         folder = chosen.out or opened.folder / "analysis"
     pairs = [
-        {"first": first, "second": second, **compare_pair(predictions[first], predictions[second], labels, chosen.seed)}
+        {
+            "first": first,
+            "second": second,
+            **compare_pair(predictions[first], predictions[second], labels, chosen.seed),
+        }
         for first, second in combinations(predictions, 2)
     ]
     numbers = {"source": source, "data": data, "n": len(labels), "models": list(predictions), "pairs": pairs}
@@ -102,9 +118,10 @@ def analyze_agreement(
 def _predict_all(chosen: AgreementOptions) -> tuple[dict[str, np.ndarray], np.ndarray, str, str]:
     if chosen.run is not None or len(chosen.models) < 2:
         raise ConfigError(
-            "models: name two or more, and no run beside them", "pairs of models are compared",
+            "models: name two or more, and no run beside them",
+            "pairs of models are compared",
             "say --models a,b --data NAME, or a run folder alone",
-        )  # fmt: skip
+        )
     data, device = load_data(**chosen.load_arguments()), choose_device(chosen.device)
     test = data.test.to(device)
     predictions = {}

@@ -25,9 +25,17 @@ def draw_heat_maps(matrices: Mapping[str, np.ndarray], names: Sequence[str], pat
         axes = figure.subplots(1, len(matrices), squeeze=False)[0]
         for axis, (title, values) in zip(axes, matrices.items(), strict=True):
             sns.heatmap(
-                values, vmin=0, vmax=1, cmap="magma", annot=True, fmt=".2f", square=True,
-                xticklabels=list(names), yticklabels=list(names), ax=axis,
-            )  # fmt: skip
+                values,
+                vmin=0,
+                vmax=1,
+                cmap="magma",
+                annot=True,
+                fmt=".2f",
+                square=True,
+                xticklabels=list(names),
+                yticklabels=list(names),
+                ax=axis,
+            )
             axis.set_title(title)
             axis.tick_params(axis="x", rotation=45)
         buffer = io.BytesIO()

@@ -25,17 +25,17 @@ _API = {
     "analyze_agreement": "ensemble_kd.analysis.agreement",
     "EkdError": "ensemble_kd.errors",
 }
-__all__ = [*_API, "__version__"]  # noqa: PLE0604
+__all__ = [*_API, "__version__"]
 
-if TYPE_CHECKING:
-    from ensemble_kd.analysis.agreement import analyze_agreement
-    from ensemble_kd.data import load_data
-    from ensemble_kd.distillation import distill
-    from ensemble_kd.errors import EkdError
-    from ensemble_kd.evaluation import evaluate
-    from ensemble_kd.teachers.registry import load_teacher
-    from ensemble_kd.training import train
-    from ensemble_kd.weights import load_student
+if TYPE_CHECKING:  # the same names, for type checkers and editors
+    from ensemble_kd.analysis.agreement import analyze_agreement as analyze_agreement
+    from ensemble_kd.data import load_data as load_data
+    from ensemble_kd.distillation import distill as distill
+    from ensemble_kd.errors import EkdError as EkdError
+    from ensemble_kd.evaluation import evaluate as evaluate
+    from ensemble_kd.teachers.registry import load_teacher as load_teacher
+    from ensemble_kd.training import train as train
+    from ensemble_kd.weights import load_student as load_student
 
 
 def __getattr__(name: str) -> Any:

@@ -78,9 +78,7 @@ class Card:
     def from_json(cls, values: dict[str, Any]) -> Card:
         """The card whose `to_json` gave `values`."""
         pre = values["preprocess"]
-        preprocess = Preprocess(
-            pre["channels"], tuple(pre["size"]), tuple(pre["mean"]), tuple(pre["std"])
-        )
+        preprocess = Preprocess(pre["channels"], tuple(pre["size"]), tuple(pre["mean"]), tuple(pre["std"]))
         rest = {key: values[key] for key in ("model", "form", "data")}
         return cls(**rest, preprocess=preprocess, classes=tuple(values["classes"]))
 
@@ -88,9 +86,11 @@ class Card:
 class Classifier(nn.Module):
     """Raw images in, logits out: `net` behind its own preprocessing, with a `card` that says what it is."""
 
-    def __init__(self, net: nn.Module, card: Card) -> None:
+    def __init__(self, net: nn.Module, card: Card, pretrained: bool = False) -> None:
         super().__init__()
         self.net, self.card = net, card
+        self.pretrained = pretrained
+        """Whether its weights were learned before, so that training goes on rather than starts."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W), uint8 or float in [0, 1], of any size, to logits (B, classes)."""

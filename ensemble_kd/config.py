@@ -1,231 +1,17 @@
-"""The options of every verb, checked once at the edge: a file, then `--set`, then flags or arguments."""
+"""Options from a file, then `--set`, then flags or arguments: merged, checked at once, written back."""
 
 from __future__ import annotations
 
-import math
-import types
-import typing
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from ensemble_kd.errors import ConfigError, Problem, listing, nearest
-
-AUGMENT = Literal["auto", "none", "crop", "crop-flip"]
-CONTROLS = ("labels", "best-teacher", "independent")
-
-
-def _split_list(value: Any) -> Any:
-    """`a,b` or a list of such texts to a list; `none` is the empty list."""
-    if isinstance(value, str):
-        value = [value]
-    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
-        parts = [part.strip() for item in value for part in item.split(",") if part.strip()]
-        return [] if parts == ["none"] else parts
-    return value
-
-
-def _numbers(value: Any) -> Any:
-    """`1,2` to a list of numbers."""
-    if isinstance(value, str):
-        return [part for part in value.split(",") if part.strip()]
-    return value
-
-
-def _by_name(value: Any) -> Any:
-    """`4` to a number, `resnet18=2,vgg16=6` to a table."""
-    if isinstance(value, (list, tuple)):
-        value = ",".join(str(item) for item in value)
-    if isinstance(value, str) and "=" in value:
-        pairs = (part.partition("=") for part in value.split(",") if part.strip())
-        return {name.strip(): number for name, _, number in pairs}
-    return value
-
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Names = Annotated[list[str], BeforeValidator(_split_list)]
-PerTeacher = Annotated[Positive | dict[str, Positive], BeforeValidator(_by_name)]
-Sizes = Annotated[dict[str, Count], BeforeValidator(_by_name)]
-
-
-class Options(BaseModel):
-    """Base of all options: unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    def cross_checks(self) -> list[tuple[set[str], Problem]]:
-        """Problems between fields: which fields each concerns, and what is wrong."""
-        return []
-
-
-class RecipeOptions(Options):
-    """How a network is trained; what is left out is chosen for the network and the data."""
-
-    epochs: Count | None = Field(None, description="passes over the training images")
-    batch_size: Count | None = Field(None, description="images a step")
-    optimizer: Literal["sgd", "adamw"] | None = Field(None, description="sgd (Nesterov, 0.9) or adamw")
-    lr: Positive | None = Field(None, description="highest learning rate")
-    weight_decay: NotNegative | None = Field(None, description="on matrices and filters only")
-    warmup_epochs: NotNegative | None = Field(None, description="linear warm-up before the cosine")
-    label_smoothing: Share | None = Field(None, description="towards uniform labels")
-    clip_norm: Positive | None = Field(None, description="largest norm of the gradient")
-    ema: Share | None = Field(None, description="decay of an average of the weights, which is then kept")
-    init: Literal["default", "unit-variance"] | None = Field(None, description="how weights start")
-
-
-class DataOptions(Options):
-    """Which images."""
-
-    data: str = Field("digits", description="digits, mnist, fashion-mnist, cifar10, cifar100 or imagefolder:PATH")
-    data_root: Path | None = Field(None, description="where the files of a named source lie, or are downloaded to")
-    split: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.2, description="test part of an image folder without train/"
-    )
-    val_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.1, description="part of the training images held out for validation"
-    )
-    split_seed: int = Field(0, description="fixes which images those are")
-    image_size: Count | None = Field(None, description="decode the images of a folder to this side")
-    limit_train: Count | None = Field(None, description="train on this many images only")
-    offline: bool = Field(False, description="never download anything")
-
-    def load_arguments(self) -> dict[str, Any]:
-        """The arguments of `data.load_data`."""
-        names = ("split", "val_fraction", "split_seed", "image_size", "limit_train", "offline")
-        return {"source": self.data, "root": self.data_root, **{name: getattr(self, name) for name in names}}
-
-
-class InspectOptions(DataOptions):
-    """`ekd data`."""
-
-    sheet: Path | None = Field(None, description="where to write the contact sheet; default runs/data-NAME.png")
-
-
-class RunOptions(DataOptions):
-    """What all verbs that train have in common."""
-
-    stem: Literal["auto", "imagenet"] = Field("auto", description="imagenet keeps the stock form on small images")
-    augment: AUGMENT = Field("auto", description="views: none, crop, crop-flip; auto takes what suits the data")
-    training: RecipeOptions = RecipeOptions()  # type: ignore[call-arg]
-    seed: int = Field(0, ge=0, description="of weights, order of images and views")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
-    out: Path | None = Field(None, description="run folder; default runs/DATA-NAME-TIME")
-    overwrite: bool = Field(False, description="replace what is in the run folder")
-
-
-class TrainOptions(RunOptions):
-    """`ekd train`."""
-
-    model: str = Field(description="network to train")
-    role: Literal["teacher", "control"] = Field(
-        "teacher", description="teacher: its recipe, kept in the library; control: a student's recipe"
-    )
-    size: Count | None = Field(None, description="side of the network's input in pixels")
-
-
-class EvaluateOptions(DataOptions):
-    """`ekd evaluate`."""
-
-    path: str = Field(description="run folder, .safetensors file, or a teacher's name")
-    on: Literal["test", "val"] = Field("test", description="which split: test or val")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
-
-
-class AgreementOptions(DataOptions):
-    """`ekd analyze-agreement`."""
-
-    run: Path | None = Field(None, description="run folder; the newest finished one where none is named")
-    models: Names = Field([], description="instead of a run: models by name, run folder or file")
-    seed: int = Field(0, ge=0, description="of the bootstrap")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
-    out: Path | None = Field(None, description="folder for agreement.json and agreement.png")
-
-
-class DistillOptions(RunOptions):
-    """`ekd distill`."""
-
-    teachers: Names = Field(default=[], description="names, by commas or repeated", validate_default=False)
-    student: str = Field("lenet", description="network to teach")
-    temperature: PerTeacher = Field(
-        4.0, description="one number, or NAME=T,... a teacher; student=T sets the student's own"
-    )
-    soft_weight: Share = Field(0.9, description="w in (1-w)*CE(labels) + w*T^2*KL(target||student)")
-    weights: Annotated[list[NotNegative], BeforeValidator(_numbers)] | None = Field(
-        None, description="fixed weights of the teachers, summing to 1; default equal"
-    )
-    pool: Literal["prob", "logit"] = Field("prob", description="mean of probabilities, or of logits")
-    controls: Names = Field(["labels"], description="labels, best-teacher, independent; or none")
-    views: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="stored views of each image, 0 for a fresh one each epoch; default 1 or 16"
-    )
-    student_size: Count | None = Field(None, description="side of the student's input in pixels")
-    teacher_size: Sizes = Field({}, description="NAME=PIXELS,... for teachers")
-    teacher_training: RecipeOptions = RecipeOptions()  # type: ignore[call-arg]
-    teacher_seed: int = Field(0, ge=0, description="of teachers trained here")
-    train_teachers: bool = Field(True, description="train teachers that are not in the library")
-
-    def cross_checks(self) -> list[tuple[set[str], Problem]]:
-        """See `Options.cross_checks`."""
-        labels = [teacher_label(name) for name in self.teachers]
-        found: list[tuple[set[str], Problem]] = []
-        if not labels:
-            found.append(({"teachers"}, Problem("no teachers are named", "there is nothing to distil from",
-                                                "say --teachers resnet18,vgg16")))  # fmt: skip
-        for label in [label for label, count in Counter(labels).items() if count > 1]:
-            base = label.partition("#")[0]
-            found.append(({"teachers"}, Problem(
-                f"teacher {label!r} is named twice", "the same network twice teaches nothing new",
-                f"leave one out, or give each its own seed: {base}#1,{base}#2")))  # fmt: skip
-        found += [({"weights", "teachers"}, problem) for problem in self._check_weights(labels)]
-        for option, table, extra in (
-            ("temperature", self.temperature, ["student"]), ("teacher_size", self.teacher_size, []),
-        ):  # fmt: skip
-            names = list(table) if isinstance(table, dict) else []
-            found += [({option, "teachers"}, p) for p in _check_names(option, names, labels, extra)]
-        for control in self.controls:
-            if control not in CONTROLS:
-                found.append(({"controls"}, Problem(
-                    f"controls: there is no {control!r}", f"known are {', '.join(CONTROLS)} and none",
-                    nearest(control, CONTROLS) or "name one of these")))  # fmt: skip
-        return found
-
-    def _check_weights(self, labels: Sequence[str]) -> list[Problem]:
-        if self.weights is None or not labels:
-            return []
-        total = sum(self.weights)
-        if len(self.weights) != len(labels):
-            return [Problem(
-                f"weights: {len(self.weights)} number(s) for {len(labels)} teacher(s)",
-                f"the teachers are {listing(labels)}", "give one weight a teacher, in their order")]  # fmt: skip
-        if not math.isclose(total, 1, abs_tol=1e-6):
-            even = ",".join(f"{w / total:.3g}" for w in self.weights) if total > 0 else "1,…"
-            return [Problem(f"weights: {listing(self.weights)} sum to {total:g}, not to 1",
-                            "other sums would change the scale of the loss", f"say --weights {even}")]  # fmt: skip
-        return []
-
-
-def teacher_label(name: str) -> str:
-    """The short name of a teacher, without looking anything up (see `models.ModelName.label`)."""
-    from ensemble_kd.models import label_of
-
-    return label_of(name)
-
-
-def _check_names(option: str, names: Sequence[str], labels: Sequence[str], extra: Sequence[str]) -> list[Problem]:
-    known = [*labels, *extra]
-    return [
-        Problem(f"{option}: there is no teacher {name!r}", f"the teachers are {listing(labels)}",
-                nearest(name, known) or "name one of these")
-        for name in names if name not in known
-    ]  # fmt: skip
-
+from ensemble_kd.schema import Options
 
 M = TypeVar("M", bound=Options)
 
@@ -298,11 +84,14 @@ def _translate(model: type[Options], detail: Mapping[str, Any]) -> Problem:
     key, kind, value = ".".join(path), detail["type"], detail.get("input")
     if kind == "extra_forbidden":
         known = _keys(model)
-        return Problem(f"unknown option {key!r}", f"known are {listing(known, 40)}",
-                       nearest(key, known) or "leave it out")  # fmt: skip
+        return Problem(
+            f"unknown option {key!r}",
+            f"known are {listing(known, 40)}",
+            nearest(key, known) or "leave it out",
+        )
     if kind == "missing":
         return Problem(f"{key} is missing", "it has no default", f"say {key}=…")
-    why = str(detail["msg"]).replace("Input should be", "it should be").replace("greater", "greater")
+    why = str(detail["msg"]).replace("Input should be", "it should be")
     return Problem(f"{key}: {value!r} cannot be used", why, _mend(key, kind))
 
 
@@ -315,7 +104,9 @@ def _mend(key: str, kind: str) -> str:
 
 
 def _is_branch(part: object) -> bool:
-    return isinstance(part, str) and (part.startswith(("dict[", "list[", "constrained", "function-")) or part == "float")
+    return isinstance(part, str) and (
+        part.startswith(("dict[", "list[", "constrained", "function-")) or part == "float"
+    )
 
 
 def _keys(model: type[Options], prefix: str = "") -> list[str]:
@@ -335,7 +126,9 @@ class _UniqueKeys(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key, count in Counter(keys).items():
             if count > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands there twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands there twice", node.start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
@@ -355,7 +148,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         why = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ConfigError(f"cannot read {path}{where}", why, "mend that line") from error
     if not isinstance(loaded, dict):
-        raise ConfigError(f"{path} holds no options", "it should be a table of key: value lines", "see config.yaml of any run")
+        raise ConfigError(
+            f"{path} holds no options",
+            "it should be a table of key: value lines",
+            "see config.yaml of any run",
+        )
     return {str(key): value for key, value in loaded.items()}
 
 

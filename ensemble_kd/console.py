@@ -36,7 +36,8 @@ def progress(description: str, total: int) -> Iterator[Callable[..., None]]:
         task = bar.add_task(description, total=total, note="")
 
         def advance(steps: int = 1, note: str | None = None) -> None:
-            bar.update(task, advance=steps, **({} if note is None else {"note": note}))
+            fields = {} if note is None else {"note": note}
+            bar.update(task, advance=steps, **fields)  # type: ignore[arg-type]
 
         yield advance
 

@@ -21,7 +21,13 @@ def curve_table(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     The maximum is taken over one network's curve on one split.
     """
     rows = [
-        {"network": row["network"], "split": split, "step": row["step"], "measure": name, "value": row[split][name]}
+        {
+            "network": row["network"],
+            "split": split,
+            "step": row["step"],
+            "measure": name,
+            "value": row[split][name],
+        }
         for row in history
         for split in ("train", "val")
         for name in _PANELS

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ensemble_kd import config, files, recipes
 from ensemble_kd.classifier import Classifier
-from ensemble_kd.config import DistillOptions
 from ensemble_kd.console import log
 from ensemble_kd.curves import draw_curves
 from ensemble_kd.data import load_data
@@ -25,9 +24,9 @@ from ensemble_kd.fresh import new_classifier
 from ensemble_kd.models import ModelName, parse
 from ensemble_kd.results import compare, confident_logits
 from ensemble_kd.runs import Run, Stopwatch, surroundings
+from ensemble_kd.schema import DistillOptions
 from ensemble_kd.teachers.ensemble import Ensemble, LiveTargets, StoredTargets, Teacher
 from ensemble_kd.teachers.registry import can_be_reseeded, load_teacher
-from ensemble_kd.weights import load_student
 
 DEFAULT_TEMPERATURE = 4.0
 STORED_VIEWS = 16
@@ -72,7 +71,7 @@ def distill(
         student: a name, or an untrained `Classifier`, which is copied.
         config_file: YAML with any of the options.
         sets: assignments such as `"training.weight_decay=0.01"`.
-        options: the fields of `config.DistillOptions`; nested ones also by their short names
+        options: the fields of `schema.DistillOptions`; nested ones also by their short names
             (`epochs`, `batch_size`, `lr`, `teacher_epochs`).
 
     Returns:
@@ -102,7 +101,11 @@ def resume(folder: str | Path) -> DistillResult:
     """
     run = Run.open(Path(folder))
     if run.status()["state"] == "finished":
-        raise RunError(f"{folder} is finished", "there is nothing left to do", f"look at it: ekd analyze-agreement {folder}")
+        raise RunError(
+            f"{folder} is finished",
+            "there is nothing left to do",
+            f"look at it: ekd analyze-agreement {folder}",
+        )
     options = config.resolve(DistillOptions, {}, file=run.path("config.yaml"))
     run.set_state("running")
     return _distill(options, {}, None, run)
@@ -118,16 +121,24 @@ def _distill(
     data = load_data(**options.load_arguments())
     if student is None:
         student = new_classifier(
-            parse(options.student), data, size=options.student_size, stem=options.stem,
-            seed=options.seed, offline=options.offline,
-        )  # fmt: skip
+            parse(options.student),
+            data,
+            size=options.student_size,
+            stem=options.stem,
+            seed=options.seed,
+            offline=options.offline,
+        )
     recipe = _student_recipe(options, student, data)
     setting = _Setting(options, data, device, student, recipe, _viewing(options, data, recipe))
     if run is None:
         resolved = config.to_yaml(
             options,
-            augment=setting.viewing.policy, views=setting.viewing.count, training=recipe.to_json(), out=None, overwrite=False,
-        )  # fmt: skip
+            augment=setting.viewing.policy,
+            views=setting.viewing.count,
+            training=recipe.to_json(),
+            out=None,
+            overwrite=False,
+        )
         run = Run.create(options.out, f"{options.data}-{options.student}", options.overwrite, resolved)
     log.info("run folder %s", run.folder)
     watch.lap("data")
@@ -148,9 +159,10 @@ def _student_recipe(options: DistillOptions, student: Classifier, data: Dataset)
     if batch is not None and batch > len(data.train):
         raise ConfigError(
             f"batch_size: {batch} is more than the {len(data.train)} training images",
-            "an epoch would have no step", f"say --batch-size {min(32, len(data.train))}",
-        )  # fmt: skip
-    return recipes.student_recipe(student.net, len(data.train), options.training.model_dump())
+            "an epoch would have no step",
+            f"say --batch-size {min(32, len(data.train))}",
+        )
+    return recipes.student_recipe(student, len(data.train), options.training.model_dump())
 
 
 def _viewing(options: DistillOptions, data: Dataset, recipe: Recipe) -> Viewing:
@@ -220,7 +232,13 @@ def _train_networks(
             own = _best_alone(ensemble, val_logits, setting)
         elif name == "independent":
             others = [
-                _teacher(replace(n, seed=(setting.options.teacher_seed if n.seed is None else n.seed) + OTHER_SEEDS), setting, 0)
+                _teacher(
+                    replace(
+                        n, seed=(setting.options.teacher_seed if n.seed is None else n.seed) + OTHER_SEEDS
+                    ),
+                    setting,
+                    0,
+                )
                 for n in names
                 if n is not None
             ]
@@ -263,12 +281,22 @@ def _train(name: str, objective: Objective, setting: _Setting, run: Run) -> Clas
     description = name if name == "student" else f"control {name}"
     log.info(
         "%s: training %s on %s, %d epochs",
-        description, network.card.model, setting.data.name, setting.recipe.epochs,
-    )  # fmt: skip
+        description,
+        network.card.model,
+        setting.data.name,
+        setting.recipe.epochs,
+    )
     history = fit(
-        network, setting.data.train, setting.data.val, setting.recipe, objective, setting.viewing,
-        seed=setting.options.seed, device=setting.device, description=description,
-    )  # fmt: skip
+        network,
+        setting.data.train,
+        setting.data.val,
+        setting.recipe,
+        objective,
+        setting.viewing,
+        seed=setting.options.seed,
+        device=setting.device,
+        description=description,
+    )
     run.keep_network(name, network, history)
     return network
 
@@ -288,7 +316,13 @@ def _conclude(
     run.keep_predictions(logits, test.known_labels)
     draw_curves(run.history(), run.path("curves.png"))
     watch.lap("pictures")
-    metrics = {"data": setting.data.name, "split": "test", "n": len(test), **metrics, "seconds": watch.seconds}
+    metrics = {
+        "data": setting.data.name,
+        "split": "test",
+        "n": len(test),
+        **metrics,
+        "seconds": watch.seconds,
+    }
     manifest = surroundings(setting.device) | {
         "seed": setting.options.seed,
         "data": {
@@ -297,12 +331,17 @@ def _conclude(
             "images": {s: len(getattr(setting.data, s)) for s in ("train", "val", "test")},
         },
         "teachers": [
-            {"label": t.label, "origin": t.origin, "before": t.fingerprint, "after": unchanged[t.label],
-             "preprocess": t.classifier.card.to_json()["preprocess"]}
+            {
+                "label": t.label,
+                "origin": t.origin,
+                "before": t.fingerprint,
+                "after": unchanged[t.label],
+                "preprocess": t.classifier.card.to_json()["preprocess"],
+            }
             for t in ensemble.teachers
         ],
         "networks": run.status()["networks"],
-    }  # fmt: skip
+    }
     files.write_json(run.path("manifest.json"), manifest)
     files.write_json(run.path("metrics.json"), metrics)
     return metrics

@@ -67,6 +67,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def listing(names: Iterable[object], limit: int = 10) -> str:
     """Names joined by commas, cut after `limit` with a count of the rest."""
-    names = [str(name) for name in names]
-    rest = f" … and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
+    texts = [str(name) for name in names]
+    rest = f" … and {len(texts) - limit} more" if len(texts) > limit else ""
+    return ", ".join(texts[:limit]) + rest

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ensemble_kd.classifier import Classifier
-from ensemble_kd.config import EvaluateOptions, resolve
+from ensemble_kd.config import resolve
 from ensemble_kd.data import load_data
 from ensemble_kd.data.dataset import Dataset
 from ensemble_kd.device import choose_device
@@ -18,6 +18,7 @@ from ensemble_kd.fit import predict
 from ensemble_kd.fresh import for_data
 from ensemble_kd.metrics import measure
 from ensemble_kd.models import label_of
+from ensemble_kd.schema import EvaluateOptions
 from ensemble_kd.teachers.registry import load_teacher
 from ensemble_kd.weights import load_student
 
@@ -35,7 +36,7 @@ def evaluate(
         path: a run folder, a `.safetensors` file, or the name of a teacher in the library.
         config_file: YAML with any of the options.
         sets: assignments such as `"on=val"`.
-        options: the other fields of `config.EvaluateOptions`.
+        options: the other fields of `schema.EvaluateOptions`.
 
     Returns:
         `data`, `split`, `n`, and `models` with one row.
@@ -66,6 +67,8 @@ def load_any(name: str, data: Dataset, device: torch.device) -> Classifier:
     path = Path(name).expanduser()
     if path.exists() or (name.endswith(".safetensors") and "@" not in name):
         if path.is_dir() and not any(path.glob("*.safetensors")):
-            raise RunError(f"{name} holds no finished network", "the run did not finish", f"go on: ekd resume {name}")
+            raise RunError(
+                f"{name} holds no finished network", "the run did not finish", f"go on: ekd resume {name}"
+            )
         return for_data(load_student(name, device), data, label_of(name))
     return load_teacher(name, data, train=False, device=device).classifier

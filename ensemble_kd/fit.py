@@ -17,9 +17,11 @@ from ensemble_kd.console import log, progress
 from ensemble_kd.data import views
 from ensemble_kd.data.dataset import Dataset, Images
 from ensemble_kd.errors import TrainingError
+from ensemble_kd.initialise import unit_variance
 from ensemble_kd.losses import distillation_loss, soft_cross_entropy
 
 EVAL_BATCH = 512
+_INIT_BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ class Objective:
     val_target: Target | None = None
     """The soft target of the whole validation split."""
 
-    def __call__(self, logits: Tensor, labels: Tensor | None, target: Tensor | None, smoothing: float) -> Tensor:
+    def __call__(
+        self, logits: Tensor, labels: Tensor | None, target: Tensor | None, smoothing: float
+    ) -> Tensor:
         return distillation_loss(
             logits,
             labels,
@@ -127,9 +131,11 @@ def fit(
     """
     model.to(device)
     if device.type == "cuda":
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)
     train, val = train.to(device), val.to(device)
     steps_an_epoch = max(1, len(train) // recipe.batch_size)
+    if recipe.init == "unit-variance":
+        _initialise(model, train, seed)
     history = []
     with progress(description, recipe.epochs * steps_an_epoch) as advance, torch.random.fork_rng():
         torch.manual_seed(seed)  # dropout; everything else has its own hash
@@ -157,10 +163,19 @@ def fit(
     return history
 
 
+def _initialise(model: Classifier, train: Images, seed: int) -> None:
+    first = views.order(seed, 0, len(train), train.pixels.device)[:_INIT_BATCH]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unit_variance(model.net, model.card.preprocess(train.pixels[first]))
+
+
 class _Stepper:
     """One optimiser step at a time: clipping, schedule and the running average of the weights."""
 
-    def __init__(self, model: Classifier, recipe: Recipe, steps_an_epoch: int, advance: Callable[..., None]) -> None:
+    def __init__(
+        self, model: Classifier, recipe: Recipe, steps_an_epoch: int, advance: Callable[..., None]
+    ) -> None:
         self.model, self.recipe, self.advance = model, recipe, advance
         self.optimizer = make_optimizer(model, recipe)
         scale = warmup_cosine(recipe.epochs * steps_an_epoch, round(recipe.warmup_epochs * steps_an_epoch))
@@ -202,12 +217,27 @@ def _diverged(description: str, loss: float, epoch: int, recipe: Recipe) -> Trai
 
 
 def train_on_labels(
-    model: Classifier, data: Dataset, recipe: Recipe, policy: str, *, seed: int, device: torch.device, description: str
+    model: Classifier,
+    data: Dataset,
+    recipe: Recipe,
+    policy: str,
+    *,
+    seed: int,
+    device: torch.device,
+    description: str,
 ) -> list[dict[str, Any]]:
     """`fit` with the labels alone and a fresh view each epoch."""
     viewing = Viewing(policy, 0, seed)
     return fit(
-        model, data.train, data.val, recipe, Objective(), viewing, seed=seed, device=device, description=description
+        model,
+        data.train,
+        data.val,
+        recipe,
+        Objective(),
+        viewing,
+        seed=seed,
+        device=device,
+        description=description,
     )
 
 
@@ -304,5 +334,10 @@ def _tell(description: str, epochs: int, row: dict[str, Any], advance: Callable[
     advance(0, note=note)
     log.debug(
         "%s  epoch %d/%d  %s  %.1f s  %d img/s",
-        description, row["epoch"], epochs, note, row["seconds"], row["images_per_second"],
-    )  # fmt: skip
+        description,
+        row["epoch"],
+        epochs,
+        note,
+        row["seconds"],
+        row["images_per_second"],
+    )

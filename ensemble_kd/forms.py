@@ -14,20 +14,22 @@ def to_small_form(net: nn.Module, num_classes: int) -> bool:
     """
     conv1, maxpool = getattr(net, "conv1", None), getattr(net, "maxpool", None)
     if isinstance(conv1, nn.Conv2d) and isinstance(maxpool, nn.Module):
-        net.conv1 = nn.Conv2d(conv1.in_channels, conv1.out_channels, 3, padding=1, bias=conv1.bias is not None)
+        net.conv1 = nn.Conv2d(
+            conv1.in_channels, conv1.out_channels, 3, padding=1, bias=conv1.bias is not None
+        )
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
         net.maxpool = nn.Identity()
         return True
     if hasattr(net, "pre_logits") and isinstance(getattr(net, "features", None), nn.Sequential):
         from timm.layers import ClassifierHead
 
-        width = _last_width(net.features)
+        width = _last_width(net)
         net.pre_logits = nn.Identity()
         net.head = ClassifierHead(width, num_classes, pool_type="avg")
         return True
     if type(net).__name__ == "VGG" and isinstance(getattr(net, "classifier", None), nn.Sequential):
         net.avgpool = nn.AdaptiveAvgPool2d(1)
-        net.classifier = nn.Linear(_last_width(net.features), num_classes)
+        net.classifier = nn.Linear(_last_width(net), num_classes)
         return True
     stem = getattr(net, "conv_stem", None)
     if isinstance(stem, nn.Conv2d):
@@ -36,10 +38,6 @@ def to_small_form(net: nn.Module, num_classes: int) -> bool:
     return False
 
 
-def has_normalisation(net: nn.Module) -> bool:
-    """Whether any layer normalises its activations (BatchNorm, LayerNorm, GroupNorm and their kin)."""
-    return any("norm" in type(module).__name__.lower() for module in net.modules())
-
-
-def _last_width(features: nn.Module) -> int:
+def _last_width(net: nn.Module) -> int:
+    features = net.get_submodule("features")
     return [module for module in features.modules() if isinstance(module, nn.Conv2d)][-1].out_channels

@@ -68,8 +68,11 @@ def _build(name: ModelName, data: Dataset, size: int | None, stem: str, offline:
             path = Path(str(name.weights)).expanduser()
             fill(net, read_tensors(path), path)
     if pre.channels != channels:
-        log.info("%s takes %s: the %s images are converted", name.label, _colour(pre.channels), _colour(channels))
-    return Classifier(net, Card(name.canonical, form, pre, data.classes, data.name))
+        log.info(
+            "%s takes %s: the %s images are converted", name.label, _colour(pre.channels), _colour(channels)
+        )
+    card = Card(name.canonical, form, pre, data.classes, data.name)
+    return Classifier(net, card, pretrained=loaded is not None or is_file(name.weights))
 
 
 def _published(
@@ -105,7 +108,9 @@ def for_data(classifier: Classifier, data: Dataset, label: str) -> Classifier:
         what = f"{label!r} has the classes of {data.name} in another order"
     else:
         what = f"{label!r} has other classes than {data.name}"
-    raise ModelError(what, both, f"train it on this data: ekd train {classifier.card.model} --data {data.name}")
+    raise ModelError(
+        what, both, f"train it on this data: ekd train {classifier.card.model} --data {data.name}"
+    )
 
 
 def _colour(channels: int) -> str:

@@ -5,7 +5,7 @@ Shapes: `N` samples, `C` classes. Every mean is taken over samples, never over b
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -93,27 +93,32 @@ def measure(
     """All measures of `per_sample` and `ece`, each with a percentile bootstrap interval."""
     samples = per_sample(logits, labels, target)
     measures = {
-        name: bootstrap_mean(values, resamples=resamples, seed=seed)
-        for name, values in samples.items()
+        name: bootstrap_mean(values, resamples=resamples, seed=seed) for name, values in samples.items()
     }
-    ece = _bootstrap_ece(*calibration_terms(logits, labels), resamples=resamples, seed=seed)
-    return {**measures, "ece": Measure(value=expected_calibration_error(logits, labels), **ece)}
+    low, high = _bootstrap_ece(*calibration_terms(logits, labels), resamples=resamples, seed=seed)
+    value = expected_calibration_error(logits, labels)
+    return {**measures, "ece": Measure(value=value, low=low, high=high)}
 
 
-def bootstrap_mean(
-    values: Float[Tensor, " N"], *, resamples: int = RESAMPLES, seed: int = 0
-) -> Measure:
+def bootstrap_mean(values: Float[Tensor, " N"], *, resamples: int = RESAMPLES, seed: int = 0) -> Measure:
     """The mean of `values` with its 95 % percentile bootstrap interval."""
     array = values.detach().cpu().numpy().astype(np.float64)
     mean = float(array.mean())
     if len(array) < 2:
         return Measure(value=mean, low=mean, high=mean)
-    return Measure(value=mean, **_interval(array, np.mean, resamples, seed))
+    result = stats.bootstrap(
+        (array,),
+        np.mean,
+        n_resamples=resamples,
+        batch=100,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    interval = result.confidence_interval
+    return Measure(value=mean, low=float(interval.low), high=float(interval.high))
 
 
-def _bootstrap_ece(
-    index: Tensor, gap: Tensor, *, resamples: int, seed: int
-) -> dict[str, float]:  # low and high
+def _bootstrap_ece(index: Tensor, gap: Tensor, *, resamples: int, seed: int) -> tuple[float, float]:
     signed = np.zeros((len(gap), CALIBRATION_BINS))
     signed[np.arange(len(gap)), index.cpu().numpy()] = gap.cpu().numpy()
     # A resample is a vector of counts; one product gives all bins of a block of resamples.
@@ -124,20 +129,7 @@ def _bootstrap_ece(
         counts = generator.multinomial(len(gap), np.full(len(gap), 1 / len(gap)), size=block)
         draws.append(np.abs(counts @ signed).sum(axis=1) / len(gap))
     low, high = np.percentile(np.concatenate(draws), [2.5, 97.5])
-    return {"low": float(low), "high": float(high)}
-
-
-def _interval(array: np.ndarray, statistic: Any, resamples: int, seed: int) -> dict[str, float]:
-    result = stats.bootstrap(
-        (array,),
-        statistic,
-        n_resamples=resamples,
-        batch=100,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    low, high = result.confidence_interval
-    return {"low": float(low), "high": float(high)}
+    return float(low), float(high)
 
 
 def mean_and_spread(values: list[float]) -> tuple[float, float]:

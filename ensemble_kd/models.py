@@ -8,6 +8,7 @@ import inspect
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +22,31 @@ SMALL_IMAGE = 64
 
 LIBRARIES = ("timm", "tv", "hf-hub", "py")
 
-_LADDER = (8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 299, 384, 448, 512)
+_LADDER = (
+    8,
+    12,
+    16,
+    20,
+    24,
+    28,
+    32,
+    40,
+    48,
+    56,
+    64,
+    80,
+    96,
+    112,
+    128,
+    160,
+    192,
+    224,
+    256,
+    299,
+    384,
+    448,
+    512,
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +112,7 @@ def parse(text: str) -> ModelName:
         name = ModelName(text, library, rest, weights or None, seed)
         _check_known(name)
         return name
-    if body.endswith(".safetensors") and "@" not in body or Path(body).is_dir():
+    if (body.endswith(".safetensors") and "@" not in body) or Path(body).is_dir():
         return ModelName(text, "file", body, None, seed)
     return replace(_bare(arch), text=text, weights=weights or None, seed=seed)
 
@@ -185,7 +210,7 @@ def _build_timm(name: ModelName, num_classes: int, channels: int, size: int, pre
     import timm
 
     arch = name.arch if name.library == "timm" else f"{name.library}:{name.arch}"
-    options = {"pretrained": pretrained, "num_classes": num_classes, "in_chans": channels}
+    options: dict[str, Any] = {"pretrained": pretrained, "num_classes": num_classes, "in_chans": channels}
     try:
         return timm.create_model(arch, img_size=size, **options)
     except TypeError:  # most convolutional networks take no img_size
@@ -222,7 +247,7 @@ def _user_module(where: str, num_classes: int, channels: int, size: int) -> nn.M
     return net
 
 
-def user_object(where: str) -> object:
+def user_object(where: str) -> Any:
     """The object NAME of the user's file, from `FILE.py:NAME`.
 
     Raises:
@@ -232,7 +257,9 @@ def user_object(where: str) -> object:
     path = Path(file).expanduser()
     if not file or not path.is_file():
         raise ModelError(
-            f"py:{where} names no Python file", f"there is no file {file!r}", "write py:path/to/file.py:factory"
+            f"py:{where} names no Python file",
+            f"there is no file {file!r}",
+            "write py:path/to/file.py:factory",
         )
     spec = importlib.util.spec_from_file_location(f"ekd_user_{path.stem}", path)
     assert spec is not None
@@ -249,7 +276,9 @@ def user_object(where: str) -> object:
     if not hasattr(module, attribute):
         names = [n for n in vars(module) if not n.startswith("_")]
         raise ModelError(
-            f"{path} has no {attribute!r}", f"it has {listing(names)}", nearest(attribute, names) or "name one of these"
+            f"{path} has no {attribute!r}",
+            f"it has {listing(names)}",
+            nearest(attribute, names) or "name one of these",
         )
     return getattr(module, attribute)
 
@@ -317,7 +346,9 @@ def choose_size(
     smallest = smallest_input(name, at_least=8, **facts)  # type: ignore[arg-type]
     raise ModelError(
         f"{name.label!r} cannot take {wanted}×{wanted} images",
-        f"it needs at least {smallest}×{smallest}" if smallest > wanted else "a dry forward at that size failed",
+        f"it needs at least {smallest}×{smallest}"
+        if smallest > wanted
+        else "a dry forward at that size failed",
         f"say {name.label}={smallest}, or leave the size out and the images are resized",
     )
 

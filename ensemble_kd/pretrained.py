@@ -27,7 +27,9 @@ class Pretrained:
 
 def is_wanted(name: ModelName) -> bool:
     """Whether the name asks for published weights: by a tag, or by being on the hub."""
-    return name.library == "hf-hub" or name.weights is not None or (name.library == "timm" and "." in name.arch)
+    return (
+        name.library == "hf-hub" or name.weights is not None or (name.library == "timm" and "." in name.arch)
+    )
 
 
 def at_hand(name: ModelName) -> str:
@@ -60,9 +62,10 @@ def load(name: ModelName, num_classes: int, channels: int, size: int | None, off
     state = at_hand(name)
     if state == "none":
         raise ModelError(
-            f"{name.label!r} has no published weights", f"{name.library} names none for it",
+            f"{name.label!r} has no published weights",
+            f"{name.library} names none for it",
             "leave the weights out, and it is trained from scratch",
-        )  # fmt: skip
+        )
     if offline and state != "cached":
         raise ModelError(
             f"the weights of {name.label!r} are not on this machine",
@@ -70,7 +73,11 @@ def load(name: ModelName, num_classes: int, channels: int, size: int | None, off
             "run once without --offline, or leave the weights out and it is trained from scratch",
         )
     try:
-        return _load_tv(name, num_classes) if name.library == "tv" else _load_timm(name, num_classes, channels, size)
+        return (
+            _load_tv(name, num_classes)
+            if name.library == "tv"
+            else _load_timm(name, num_classes, channels, size)
+        )
     except ModelError:
         raise
     except Exception as error:  # the loaders raise whatever their network libraries raise
@@ -107,7 +114,9 @@ def _load_tv(name: ModelName, num_classes: int) -> Pretrained:
     _replace_head(net, num_classes)
     facts = weights.transforms()
     size = facts.crop_size[0] if isinstance(facts.crop_size, (list, tuple)) else facts.crop_size
-    return Pretrained(net, int(size), 3, tuple(facts.mean), tuple(facts.std), f"tv:{name.arch}@{weights.name}")
+    return Pretrained(
+        net, int(size), 3, tuple(facts.mean), tuple(facts.std), f"tv:{name.arch}@{weights.name}"
+    )
 
 
 def _tv_weights(name: ModelName) -> Any:

@@ -1,4 +1,7 @@
-"""Recipes: how a network is trained where the user does not say."""
+"""Recipes: how a network is trained where the user does not say.
+
+Chosen on validation splits, never on test splits; docs/decisions.md says how.
+"""
 
 from __future__ import annotations
 
@@ -8,39 +11,54 @@ from typing import Any
 
 from torch import nn
 
+from ensemble_kd.classifier import Classifier
 from ensemble_kd.fit import Recipe
-from ensemble_kd.forms import has_normalisation
+
+FEW_IMAGES = 5000
 
 
-def student_recipe(net: nn.Module, train_size: int, overrides: Mapping[str, Any]) -> Recipe:
+def student_recipe(model: Classifier, train_size: int, overrides: Mapping[str, Any]) -> Recipe:
     """For students and their controls: about a million images seen, in 15 to 40 epochs."""
+    epochs = min(40, max(15, round(1_000_000 / train_size)))
+    return _complete(model, train_size, epochs, 0.0, overrides)
+
+
+def teacher_recipe(model: Classifier, train_size: int, overrides: Mapping[str, Any]) -> Recipe:
+    """For teachers, which learn from labels alone: few epochs, since they are large, with smoothing."""
+    few = train_size < FEW_IMAGES
+    epochs = (3 if normalisation(model.net) != "none" else 4) if few else 10
+    return _complete(model, train_size, epochs, 0.1, overrides)
+
+
+def normalisation(net: nn.Module) -> str:
+    """`batch`, `other` (layer, group, …) or `none`: which kind of normalisation the network has."""
+    kinds = {type(module).__name__.lower() for module in net.modules()}
+    if any("batchnorm" in kind for kind in kinds):
+        return "batch"
+    return "other" if any("norm" in kind for kind in kinds) else "none"
+
+
+def _complete(
+    model: Classifier, train_size: int, epochs: int, smoothing: float, overrides: Mapping[str, Any]
+) -> Recipe:
+    kind = normalisation(model.net)
+    few = train_size < FEW_IMAGES
     recipe = Recipe(
-        epochs=min(40, max(15, round(1_000_000 / train_size))),
-        batch_size=32 if train_size < 5000 else 128,
-        optimizer="adamw",
-        lr=2e-3,
-        weight_decay=0.01,
-        warmup_epochs=1,
+        epochs=epochs,
+        batch_size=32 if few else 128,
+        optimizer="sgd",
+        lr=0.1,
+        weight_decay=5e-4,
+        warmup_epochs=min(0.5, epochs / 4),
+        label_smoothing=smoothing,
+        clip_norm=2.0,
     )
-    return _override(recipe, train_size, overrides)
-
-
-def teacher_recipe(net: nn.Module, train_size: int, overrides: Mapping[str, Any]) -> Recipe:
-    """For teachers, which learn from labels alone."""
-    recipe = Recipe(
-        epochs=5 if train_size < 5000 else 10,
-        batch_size=32 if train_size < 5000 else 128,
-        optimizer="adamw",
-        lr=1e-3,
-        weight_decay=0.05,
-        warmup_epochs=1,
-        label_smoothing=0.1,
-        clip_norm=None if has_normalisation(net) else 1.0,
-    )
-    return _override(recipe, train_size, overrides)
-
-
-def _override(recipe: Recipe, train_size: int, overrides: Mapping[str, Any]) -> Recipe:
+    if kind == "none":
+        recipe = replace(recipe, lr=0.03, init="unit-variance")
+    elif kind == "other":
+        recipe = replace(recipe, optimizer="adamw", lr=1e-3, weight_decay=0.05)
+    if model.pretrained:  # fine-tuning: gentler, from the weights that are there
+        recipe = replace(recipe, lr=recipe.lr / 10, init="default")
     given = {key: value for key, value in overrides.items() if value is not None}
     recipe = replace(recipe, **given)
     return replace(recipe, batch_size=min(recipe.batch_size, train_size))

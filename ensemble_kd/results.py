@@ -74,7 +74,7 @@ def verdict(differences: Mapping[str, Mapping[str, Measure]]) -> str:
     if "labels" not in differences:
         return "No control on labels alone was trained, so nothing can be said of what distilling gained."
     accuracy = differences["labels"]["accuracy"]
-    value, low, high = (100 * accuracy[key] for key in ("value", "low", "high"))  # type: ignore[literal-required]
+    value, low, high = (100 * accuracy[key] for key in ("value", "low", "high"))
     if low > 0:
         judged = "Distilling helped"
     elif high < 0:

@@ -80,7 +80,9 @@ class Run:
         """
         if not (folder / "status.json").is_file() or not (folder / "config.yaml").is_file():
             raise RunError(
-                f"{folder} is no run folder", "it has no config.yaml and status.json", "name a folder made by `ekd distill`"
+                f"{folder} is no run folder",
+                "it has no config.yaml and status.json",
+                "name a folder made by `ekd distill`",
             )
         return cls(folder)
 
@@ -94,9 +96,10 @@ class Run:
         finished = [p for p in RUNS.glob("*/metrics.json") if (p.parent / "status.json").is_file()]
         if not finished:
             raise RunError(
-                f"no finished run in {RUNS}/", "none was named, and the newest is taken from there",
+                f"no finished run in {RUNS}/",
+                "none was named, and the newest is taken from there",
                 "name a run folder, or make one: ekd distill --teachers resnet18,vgg16 --student lenet",
-            )  # fmt: skip
+            )
         return cls.open(max(finished, key=lambda path: path.stat().st_mtime).parent)
 
     def path(self, name: str) -> Path:
@@ -158,7 +161,9 @@ class Run:
             RunError: the run did not finish.
         """
         if not self.path("metrics.json").is_file():
-            raise RunError(f"{self.folder} did not finish", "it has no metrics.json", f"go on: ekd resume {self.folder}")
+            raise RunError(
+                f"{self.folder} did not finish", "it has no metrics.json", f"go on: ekd resume {self.folder}"
+            )
         return files.read_json(self.path("metrics.json"))
 
     def keep_predictions(self, logits: dict[str, Tensor], labels: Tensor) -> None:
@@ -175,7 +180,11 @@ class Run:
         """
         path = self.path("predictions.safetensors")
         if not path.is_file():
-            raise RunError(f"{self.folder} has no predictions", "only `ekd distill` keeps them", "name a run of `ekd distill`")
+            raise RunError(
+                f"{self.folder} has no predictions",
+                "only `ekd distill` keeps them",
+                "name a run of `ekd distill`",
+            )
         tensors = safetensors.torch.load(path.read_bytes())
         labels = tensors.pop("labels")
         return {name.removeprefix("logits/"): values for name, values in tensors.items()}, labels

@@ -60,9 +60,7 @@ class CifarQuick(nn.Module):
             nn.ReLU(),
             nn.AvgPool2d(3, 2, ceil_mode=True),
         )
-        self.classifier = nn.Sequential(
-            nn.Linear(64 * map_size**2, 64), nn.Linear(64, num_classes)
-        )
+        self.classifier = nn.Sequential(nn.Linear(64 * map_size**2, 64), nn.Linear(64, num_classes))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x).flatten(1))

@@ -27,7 +27,9 @@ def text_table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: str
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
     for number, header in enumerate(headers):
         table.add_column(Text(header), justify="left" if number == 0 else "right", no_wrap=True)
     for row in rows:
@@ -54,7 +56,9 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
     title = f"{metrics['data']}, {metrics['split']} split, {metrics['n']:,} images"
     parts = [text_table(headers, rows, title)]
     if "times_smaller" in metrics:
-        parts.append(f"The student is {metrics['times_smaller']:.0f} times smaller than the teachers together.")
+        parts.append(
+            f"The student is {metrics['times_smaller']:.0f} times smaller than the teachers together."
+        )
         parts.append(verdict(metrics["differences"]))
     return "\n".join(parts)
 

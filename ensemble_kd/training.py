@@ -9,7 +9,6 @@ from typing import Any
 
 from ensemble_kd import config, files, recipes
 from ensemble_kd.classifier import Classifier
-from ensemble_kd.config import TrainOptions
 from ensemble_kd.console import log
 from ensemble_kd.curves import draw_curves
 from ensemble_kd.data import load_data
@@ -19,6 +18,7 @@ from ensemble_kd.fresh import new_classifier
 from ensemble_kd.metrics import measure
 from ensemble_kd.models import parse
 from ensemble_kd.runs import Run, Stopwatch, surroundings
+from ensemble_kd.schema import TrainOptions
 from ensemble_kd.teachers.library import history_of
 from ensemble_kd.teachers.registry import load_teacher
 
@@ -33,7 +33,11 @@ class TrainResult:
 
 
 def train(
-    model: str | None = None, *, config_file: str | Path | None = None, sets: Sequence[str] = (), **options: Any
+    model: str | None = None,
+    *,
+    config_file: str | Path | None = None,
+    sets: Sequence[str] = (),
+    **options: Any,
 ) -> TrainResult:
     """Train one network on labels and leave a run folder with `model.safetensors`.
 
@@ -44,7 +48,7 @@ def train(
         model: a name (see `models.parse`).
         config_file: YAML with any of the options.
         sets: assignments such as `"training.weight_decay=0.01"`.
-        options: the fields of `config.TrainOptions`; nested ones also by their short names.
+        options: the fields of `schema.TrainOptions`; nested ones also by their short names.
 
     Raises:
         EkdError: options, data or model cannot be used.
@@ -55,24 +59,33 @@ def train(
     data = load_data(**chosen.load_arguments())
     policy = data.augment if chosen.augment == "auto" else chosen.augment
     run = Run.create(
-        chosen.out, f"{chosen.data}-{name.label}", chosen.overwrite,
+        chosen.out,
+        f"{chosen.data}-{name.label}",
+        chosen.overwrite,
         config.to_yaml(chosen, augment=policy, out=None, overwrite=False),
-    )  # fmt: skip
+    )
     log.info("run folder %s", run.folder)
     overrides = chosen.training.model_dump()
     watch.lap("data")
     with run.working():
         if chosen.role == "teacher":
             teacher = load_teacher(
-                name, data, size=chosen.size, stem=chosen.stem, seed=chosen.seed, augment=policy,
-                training=overrides, device=device, offline=chosen.offline,
-            )  # fmt: skip
+                name,
+                data,
+                size=chosen.size,
+                stem=chosen.stem,
+                seed=chosen.seed,
+                augment=policy,
+                training=overrides,
+                device=device,
+                offline=chosen.offline,
+            )
             classifier, history = teacher.classifier, history_of(Path(teacher.origin))
         else:
             classifier = new_classifier(
                 name, data, size=chosen.size, stem=chosen.stem, seed=chosen.seed, offline=chosen.offline
             )
-            recipe = recipes.student_recipe(classifier.net, len(data.train), overrides)
+            recipe = recipes.student_recipe(classifier, len(data.train), overrides)
             history = train_on_labels(
                 classifier, data, recipe, policy, seed=chosen.seed, device=device, description=name.label
             )
@@ -89,8 +102,12 @@ def train(
             draw_curves(run.history(), run.path("curves.png"))
         watch.lap("test")
         metrics = {
-            "data": data.name, "split": "test", "n": len(test), "models": {name.label: row}, "seconds": watch.seconds,
-        }  # fmt: skip
+            "data": data.name,
+            "split": "test",
+            "n": len(test),
+            "models": {name.label: row},
+            "seconds": watch.seconds,
+        }
         facts = {"seed": chosen.seed, "data": {"name": data.name, "fingerprint": data.fingerprint()}}
         files.write_json(run.path("manifest.json"), surroundings(device) | facts)
         files.write_json(run.path("metrics.json"), metrics)

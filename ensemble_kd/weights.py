@@ -53,7 +53,9 @@ def load_student(path: str | Path, device: str | torch.device = "cpu") -> Classi
     if text.startswith("py:"):
         name = parse(text)
         if name.weights is None:
-            raise WeightsError(f"{text} names no weights", "only the code is named", f"say {text}@FILE.safetensors")
+            raise WeightsError(
+                f"{text} names no weights", "only the code is named", f"say {text}@FILE.safetensors"
+            )
         return load_classifier(Path(name.weights), code=name).to(device).eval()
     return load_classifier(weights_path(Path(text).expanduser())).to(device).eval()
 
@@ -65,7 +67,9 @@ def weights_path(path: Path) -> Path:
         WeightsError: there is nothing there, or the folder holds no weights.
     """
     if not path.exists():
-        raise WeightsError(f"no run folder or file at {path}", "there is nothing at that path", "check the path")
+        raise WeightsError(
+            f"no run folder or file at {path}", "there is nothing at that path", "check the path"
+        )
     if not path.is_dir():
         return path
     for name in _RUN_FILES:
@@ -97,11 +101,12 @@ def load_classifier(path: Path, code: ModelName | None = None) -> Classifier:
         raise
     except Exception as error:
         raise WeightsError(
-            f"cannot build {card.model} as the card of {path} says", f"{type(error).__name__}: {error}",
+            f"cannot build {card.model} as the card of {path} says",
+            f"{type(error).__name__}: {error}",
             "the card is damaged, or timm or torchvision changed; fetch the file again",
-        ) from error  # fmt: skip
+        ) from error
     fill(net, read_tensors(path), path)
-    return Classifier(net, card).eval()
+    return Classifier(net, card, pretrained=True).eval()
 
 
 def _safe_name(card: Card, path: Path) -> ModelName:
@@ -174,7 +179,9 @@ def _state_dict(loaded: object, path: Path) -> dict[str, Tensor]:
             loaded = loaded[key]
             break
     if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise WeightsError(f"{path} holds no state_dict", f"it holds a {type(loaded).__name__}", "save model.state_dict()")
+        raise WeightsError(
+            f"{path} holds no state_dict", f"it holds a {type(loaded).__name__}", "save model.state_dict()"
+        )
     return {str(key).removeprefix("module."): value for key, value in loaded.items()}
 
 
@@ -189,14 +196,16 @@ def _check_file(path: Path) -> None:
         raise WeightsError(f"{path} is empty", "a download or a copy was cut off", "fetch the file again")
     if head.startswith(b"version https://git-lfs"):
         raise WeightsError(
-            f"{path} is a Git-LFS pointer, not the weights", "the repository was cloned without its large files",
+            f"{path} is a Git-LFS pointer, not the weights",
+            "the repository was cloned without its large files",
             "run `git lfs pull` in it",
-        )  # fmt: skip
+        )
     if path.suffix == ".safetensors" and (head.startswith(b"PK\x03\x04") or head[:1] == b"\x80"):
         raise WeightsError(
-            f"{path} is a pickle under the name of a safetensors file", "pickles can run code, so it is not opened",
+            f"{path} is a pickle under the name of a safetensors file",
+            "pickles can run code, so it is not opened",
             "ask its author for a real safetensors file, or rename it to .pth (tensors alone are then read)",
-        )  # fmt: skip
+        )
 
 
 def _damaged(path: Path, error: Exception) -> WeightsError:

@@ -42,8 +42,11 @@ def list_models(pattern: str | None = None, limit: int = 40) -> dict[str, Any]:
     ]
     if not found:
         hint = nearest(str(pattern), [name.arch for name in models.find("*")])
-        raise ModelError(f"no model matches {pattern!r}", "neither this project, timm nor torchvision has one",
-                         hint or "try a shorter part of the name")  # fmt: skip
+        raise ModelError(
+            f"no model matches {pattern!r}",
+            "neither this project, timm nor torchvision has one",
+            hint or "try a shorter part of the name",
+        )
     rows = []
     with progress("looking", min(limit, len(found))) as advance:
         for name in found[:limit]:

@@ -66,7 +66,7 @@ def load_teacher(
         origin = str(Path(model.weights or model.arch))
         return Teacher.of(model.label, classifier.to(target), origin)
     classifier = new_classifier(model, dataset, **{**options, "offline": offline or not train})
-    recipe = recipes.teacher_recipe(classifier.net, len(dataset.train), training or {})
+    recipe = recipes.teacher_recipe(classifier, len(dataset.train), training or {})
     policy = augment or dataset.augment
     made_from = _made_from(model, classifier, dataset, recipe, policy, seed)
     kept = library.find(made_from)
@@ -117,13 +117,19 @@ def _train_and_keep(
     pre = classifier.card.preprocess
     log.info(
         "teacher %s: training on %s at %d×%d, %d epochs",
-        label, data.name, pre.size[0], pre.size[1], recipe.epochs,
-    )  # fmt: skip
+        label,
+        data.name,
+        pre.size[0],
+        pre.size[1],
+        recipe.epochs,
+    )
     history = train_on_labels(
         classifier, data, recipe, policy, seed=seed, device=device, description=f"teacher {label}"
     )
     folder = library.keep(classifier, made_from, {"val": history[-1]["val"], "history": history})
-    log.info("teacher %s: validation accuracy %.3f, kept in %s", label, history[-1]["val"]["accuracy"], folder)
+    log.info(
+        "teacher %s: validation accuracy %.3f, kept in %s", label, history[-1]["val"]["accuracy"], folder
+    )
     return folder
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ensemble_kd.cli.options import emit, hint_next, verb
-from ensemble_kd.config import AgreementOptions
+from ensemble_kd.schema import AgreementOptions
 
 _FLAGS = ("run", "models", "data", "data_root", "split", "image_size", "seed", "device", "offline", "out")
 

@@ -8,7 +8,8 @@ from typing import Any
 import typer
 
 from ensemble_kd.cli.options import emit, verb
-from ensemble_kd.config import InspectOptions, resolve
+from ensemble_kd.config import resolve
+from ensemble_kd.schema import InspectOptions
 
 _FLAGS = ("data", "data_root", "split", "image_size", "offline", "sheet")
 
@@ -30,7 +31,9 @@ def data(given: dict[str, Any], config: Path | None, sets: list[str], as_json: b
         lines.append(text_table(["class", *counts], rows, str(facts["data"])))
         height, width = facts["image_size"]
         colour = "grey" if facts["channels"] == 1 else "RGB"
-        lines.append(f"{colour}, {height}×{width}; views by default: {facts['augment']}; contact sheet: {facts['sheet']}")
+        lines.append(
+            f"{colour}, {height}×{width}; views by default: {facts['augment']}; contact sheet: {facts['sheet']}"
+        )
     lines += [f"warning: {text}" for text in facts["warnings"]]
     lines += [f"error: {text}" for text in facts["errors"]]
     emit(as_json, facts, "\n".join(lines))

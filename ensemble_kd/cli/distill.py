@@ -8,17 +8,40 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ensemble_kd.cli.options import Debug, Json, Quiet, emit, guarded, hint_next, verb
-from ensemble_kd.config import DistillOptions
+from ensemble_kd.schema import DistillOptions
 
 if TYPE_CHECKING:
     from ensemble_kd.distillation import DistillResult
 
 _FLAGS = (
-    "teachers", "student", "data", "data_root", "split", "image_size", "limit_train",
-    "temperature", "soft_weight", "weights", "pool", "controls", "augment", "views",
-    "epochs", "batch_size", "lr", "teacher_epochs", "teacher_size", "student_size", "stem", "train_teachers",
-    "seed", "device", "offline", "out", "overwrite",
-)  # fmt: skip
+    "teachers",
+    "student",
+    "data",
+    "data_root",
+    "split",
+    "image_size",
+    "limit_train",
+    "temperature",
+    "soft_weight",
+    "weights",
+    "pool",
+    "controls",
+    "augment",
+    "views",
+    "epochs",
+    "batch_size",
+    "lr",
+    "teacher_epochs",
+    "teacher_size",
+    "student_size",
+    "stem",
+    "train_teachers",
+    "seed",
+    "device",
+    "offline",
+    "out",
+    "overwrite",
+)
 
 
 _SWITCHES = {"train_teachers": ("--no-train", "fail where a teacher would have to be trained")}

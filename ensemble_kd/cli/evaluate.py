@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ensemble_kd.cli.options import emit, verb
-from ensemble_kd.config import EvaluateOptions
+from ensemble_kd.schema import EvaluateOptions
 
 _FLAGS = ("path", "data", "data_root", "split", "image_size", "on", "device", "offline")
 

@@ -10,7 +10,9 @@ from ensemble_kd.cli.options import Debug, Json, Quiet, emit, guarded
 
 
 def models(
-    pattern: Annotated[str | None, typer.Argument(help="part of a name, or a pattern such as 'tv:vgg*'")] = None,
+    pattern: Annotated[
+        str | None, typer.Argument(help="part of a name, or a pattern such as 'tv:vgg*'")
+    ] = None,
     limit: Annotated[int, typer.Option(help="how many to show")] = 40,
     json: Json = False,
     quiet: Quiet = False,
@@ -35,8 +37,12 @@ def models(
         ]
         text = text_table(["model", "parameters", "input", "published weights"], rows)
         if found["trained"]:
-            kept = [[t["name"], t["data"], str(t["seed"]), f"{t['val_accuracy']:.3f}"] for t in found["trained"]]
-            text += "\n\n" + text_table(["in the teacher library", "data", "seed", "validation accuracy"], kept)
+            kept = [
+                [t["name"], t["data"], str(t["seed"]), f"{t['val_accuracy']:.3f}"] for t in found["trained"]
+            ]
+            text += "\n\n" + text_table(
+                ["in the teacher library", "data", "seed", "validation accuracy"], kept
+            )
         if pattern is None:
             text += f"\n\n{len(find('timm:*'))} more in timm, {len(find('tv:*'))} in torchvision: ekd models PATTERN"
         elif found["matches"] > limit:

@@ -11,12 +11,15 @@ from typing import Annotated, Any
 import typer
 
 from ensemble_kd import console
-from ensemble_kd.config import SHORT, Options
+from ensemble_kd.config import SHORT
 from ensemble_kd.errors import EkdError
+from ensemble_kd.schema import Options
 
 STOPPED = 75
 
-Config = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file with any of the options")]
+Config = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="YAML file with any of the options")
+]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=V", help="any option; repeatable")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout instead of the table")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="only warnings and the result")]
@@ -24,7 +27,10 @@ Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an e
 
 
 def verb(
-    model: type[Options], flags: Sequence[str], arguments: Sequence[str] = (), switches: Mapping[str, tuple[str, str]] | None = None
+    model: type[Options],
+    flags: Sequence[str],
+    arguments: Sequence[str] = (),
+    switches: Mapping[str, tuple[str, str]] | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Turn `work(given, config, sets, json)` into a command with one flag a field in `flags`.
 
@@ -35,13 +41,17 @@ def verb(
     """
 
     def decorate(work: Callable[..., None]) -> Callable[..., None]:
-        def command(config: Path | None, sets: list[str] | None, json: bool, quiet: bool, debug: bool, **flags: Any) -> None:
+        def command(
+            config: Path | None, sets: list[str] | None, json: bool, quiet: bool, debug: bool, **flags: Any
+        ) -> None:
             given = {key: value for key, value in flags.items() if value not in (None, [], False)}
             for field in switches or {}:
                 given[field] = False if flags[field] else None
             guarded(lambda: work(given, config, sets or [], json), quiet=quiet, debug=debug)
 
-        parameters = [_parameter(model, flag, flag in arguments, (switches or {}).get(flag)) for flag in flags]
+        parameters = [
+            _parameter(model, flag, flag in arguments, (switches or {}).get(flag)) for flag in flags
+        ]
         common = {"config": Config, "sets": Sets, "json": Json, "quiet": Quiet, "debug": Debug}
         defaults = {"config": None, "sets": None, "json": False, "quiet": False, "debug": False}
         parameters += [
@@ -56,7 +66,9 @@ def verb(
     return decorate
 
 
-def _parameter(model: type[Options], name: str, positional: bool, switch: tuple[str, str] | None) -> inspect.Parameter:
+def _parameter(
+    model: type[Options], name: str, positional: bool, switch: tuple[str, str] | None
+) -> inspect.Parameter:
     field = _field(model, SHORT.get(name, name))
     text = field.description or ""
     plain = field.default
@@ -116,7 +128,10 @@ def guarded(work: Callable[[], None], *, quiet: bool, debug: bool) -> None:
             raise
         where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
         why = getattr(error, "strerror", None) or str(error) or "no message"
-        print(f"error: {type(error).__name__}{where}\n  why: {why}\n  fix: see more with --debug", file=sys.stderr)
+        print(
+            f"error: {type(error).__name__}{where}\n  why: {why}\n  fix: see more with --debug",
+            file=sys.stderr,
+        )
         raise typer.Exit(1) from None
 
 

@@ -6,12 +6,28 @@ from pathlib import Path
 from typing import Any
 
 from ensemble_kd.cli.options import emit, hint_next, verb
-from ensemble_kd.config import TrainOptions
+from ensemble_kd.schema import TrainOptions
 
 _FLAGS = (
-    "model", "data", "data_root", "split", "image_size", "limit_train", "role", "size", "stem", "augment",
-    "epochs", "batch_size", "lr", "seed", "device", "offline", "out", "overwrite",
-)  # fmt: skip
+    "model",
+    "data",
+    "data_root",
+    "split",
+    "image_size",
+    "limit_train",
+    "role",
+    "size",
+    "stem",
+    "augment",
+    "epochs",
+    "batch_size",
+    "lr",
+    "seed",
+    "device",
+    "offline",
+    "out",
+    "overwrite",
+)
 
 
 @verb(TrainOptions, _FLAGS, arguments=["model"])

@@ -96,14 +96,20 @@ def _class_folders(where: Path, folder: Folder) -> list[str]:
 def _check_classes(where: Path, folder: Folder) -> None:
     if not folder.classes:
         folder.errors.append(
-            Problem(f"{where} has no class folders", "images are expected as CLASS/NAME.jpg",
-                    "make one subfolder a class, or name the folder above")
-        )  # fmt: skip
+            Problem(
+                f"{where} has no class folders",
+                "images are expected as CLASS/NAME.jpg",
+                "make one subfolder a class, or name the folder above",
+            )
+        )
     elif len(folder.classes) == 1:
         folder.errors.append(
-            Problem(f"{where} has one class only: {folder.classes[0]!r}", "there is nothing to tell apart",
-                    "add a second class folder, or name the folder above")
-        )  # fmt: skip
+            Problem(
+                f"{where} has one class only: {folder.classes[0]!r}",
+                "there is nothing to tell apart",
+                "add a second class folder, or name the folder above",
+            )
+        )
 
 
 def _list_split(name: str, where: Path, folder: Folder) -> list[tuple[Path, int]]:
@@ -112,14 +118,19 @@ def _list_split(name: str, where: Path, folder: Folder) -> list[tuple[Path, int]
         known = set(_class_folders(where, folder))
         if extra := sorted(known - index.keys()):
             folder.errors.append(
-                Problem(f"{where} has classes that train/ lacks: {listing(extra)}",
-                        "a student cannot learn them", "add them to train/, or remove them")
-            )  # fmt: skip
+                Problem(
+                    f"{where} has classes that train/ lacks: {listing(extra)}",
+                    "a student cannot learn them",
+                    "add them to train/, or remove them",
+                )
+            )
         if missing := sorted(index.keys() - known):
             folder.warnings.append(
-                Problem(f"{where} lacks the classes {listing(missing)}",
-                        "labels follow the names in train/, so the other classes keep theirs")
-            )  # fmt: skip
+                Problem(
+                    f"{where} lacks the classes {listing(missing)}",
+                    "labels follow the names in train/, so the other classes keep theirs",
+                )
+            )
     files = []
     for cls, label in index.items():
         if not (where / cls).is_dir():
@@ -127,9 +138,12 @@ def _list_split(name: str, where: Path, folder: Folder) -> list[tuple[Path, int]
         paths = sorted(p for p in (where / cls).rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
         if not paths and name in ("train", "all"):
             folder.errors.append(
-                Problem(f"class {cls!r} in {where} has no images",
-                        f"known endings: {', '.join(sorted(EXTENSIONS))}", "add images, or remove the folder")
-            )  # fmt: skip
+                Problem(
+                    f"class {cls!r} in {where} has no images",
+                    f"known endings: {', '.join(sorted(EXTENSIONS))}",
+                    "add images, or remove the folder",
+                )
+            )
         files += [(path, label) for path in paths]
     return files
 
@@ -232,7 +246,9 @@ def _decode_block(paths: Sequence[Path], out: np.ndarray) -> list[Problem]:
                 upright = ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR)
             target[:] = np.asarray(upright).reshape(target.shape)
         except (OSError, ValueError, SyntaxError) as error:
-            broken.append(Problem(f"cannot read {path}", _why_broken(path, error), "replace or delete the file"))
+            broken.append(
+                Problem(f"cannot read {path}", _why_broken(path, error), "replace or delete the file")
+            )
     return broken
 
 

@@ -21,7 +21,9 @@ _COLUMNS = 12
 _ROWS = 20
 
 
-def inspect_data(source: str = "digits", *, sheet: str | Path | None = None, **options: Any) -> dict[str, Any]:
+def inspect_data(
+    source: str = "digits", *, sheet: str | Path | None = None, **options: Any
+) -> dict[str, Any]:
     """Describe a source; what is wrong with a folder of images is listed, not raised.
 
     Args:

@@ -20,9 +20,17 @@ Splits = tuple[Images, Images, tuple[str, ...]]
 
 _DIGITS = tuple(str(digit) for digit in range(10))
 _FASHION = (
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
-    "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-)  # fmt: skip
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
 _IDX_FILES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 
 
@@ -104,7 +112,9 @@ def _read_idx(path: Path) -> Tensor:
         shape = struct.unpack(f">{dimensions}I", data[4 : 4 + 4 * dimensions])
         if zero != 0 or kind != 8:
             raise ValueError("wrong magic number")
-        return torch.from_numpy(np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy())
+        return torch.from_numpy(
+            np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy()
+        )
     except (OSError, EOFError, ValueError, struct.error) as error:
         raise DataError(
             f"cannot read {path}", f"it is no intact idx file ({error})", "delete it and fetch it again"

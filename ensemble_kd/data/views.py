@@ -31,9 +31,7 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def hash_samples(
-    seed: int, view: int, sample_ids: Int[Tensor, " B"], stream: int = 0
-) -> Int[Tensor, " B"]:
+def hash_samples(seed: int, view: int, sample_ids: Int[Tensor, " B"], stream: int = 0) -> Int[Tensor, " B"]:
     """64 well-mixed bits a sample; `stream` tells apart the draws of one view."""
     state = sample_ids.long()
     for part in (seed, view, stream):
@@ -42,9 +40,7 @@ def hash_samples(
     return _mix(state + _GOLDEN)
 
 
-def uniform(
-    seed: int, view: int, sample_ids: Int[Tensor, " B"], stream: int = 0
-) -> Float[Tensor, " B"]:
+def uniform(seed: int, view: int, sample_ids: Int[Tensor, " B"], stream: int = 0) -> Float[Tensor, " B"]:
     """One number in [0, 1) a sample, from the top 24 bits: exact in float32."""
     return _shift_right(hash_samples(seed, view, sample_ids, stream), 40).float() / (1 << 24)
 
@@ -76,9 +72,7 @@ def view(
         raise ValueError(f"unknown policy {policy!r}; known: {', '.join(POLICIES)}")
     height, width = images.shape[2:]
     pad = max(1, min(height, width) // 8)
-    top, left = (
-        (uniform(seed, view_id, sample_ids, stream) * (2 * pad + 1)).long() for stream in (0, 1)
-    )
+    top, left = ((uniform(seed, view_id, sample_ids, stream) * (2 * pad + 1)).long() for stream in (0, 1))
     rows = top[:, None] + torch.arange(height, device=images.device)
     columns = left[:, None] + torch.arange(width, device=images.device)
     if policy == "crop-flip":

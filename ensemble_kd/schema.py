@@ -1,0 +1,272 @@
+"""The options of every verb as models: each option's type, default and description, once."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from ensemble_kd.errors import Problem, listing, nearest
+
+AUGMENT = Literal["auto", "none", "crop", "crop-flip"]
+CONTROLS = ("labels", "best-teacher", "independent")
+
+
+def _split_list(value: Any) -> Any:
+    """`a,b` or a list of such texts to a list; `none` is the empty list."""
+    if isinstance(value, str):
+        value = [value]
+    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+        parts = [part.strip() for item in value for part in item.split(",") if part.strip()]
+        return [] if parts == ["none"] else parts
+    return value
+
+
+def _numbers(value: Any) -> Any:
+    """`1,2` to a list of numbers."""
+    if isinstance(value, str):
+        return [part for part in value.split(",") if part.strip()]
+    return value
+
+
+def _by_name(value: Any) -> Any:
+    """`4` to a number, `resnet18=2,vgg16=6` to a table."""
+    if isinstance(value, (list, tuple)):
+        value = ",".join(str(item) for item in value)
+    if isinstance(value, str) and "=" in value:
+        pairs = (part.partition("=") for part in value.split(",") if part.strip())
+        return {name.strip(): number for name, _, number in pairs}
+    return value
+
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Names = Annotated[list[str], BeforeValidator(_split_list)]
+PerTeacher = Annotated[Positive | dict[str, Positive], BeforeValidator(_by_name)]
+Sizes = Annotated[dict[str, Count], BeforeValidator(_by_name)]
+
+
+class Options(BaseModel):
+    """Base of all options: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def cross_checks(self) -> list[tuple[set[str], Problem]]:
+        """Problems between fields: which fields each concerns, and what is wrong."""
+        return []
+
+
+class RecipeOptions(Options):
+    """How a network is trained; what is left out is chosen for the network and the data."""
+
+    epochs: Count | None = Field(None, description="passes over the training images")
+    batch_size: Count | None = Field(None, description="images a step")
+    optimizer: Literal["sgd", "adamw"] | None = Field(None, description="sgd (Nesterov, 0.9) or adamw")
+    lr: Positive | None = Field(None, description="highest learning rate")
+    weight_decay: NotNegative | None = Field(None, description="on matrices and filters only")
+    warmup_epochs: NotNegative | None = Field(None, description="linear warm-up before the cosine")
+    label_smoothing: Share | None = Field(None, description="towards uniform labels")
+    clip_norm: Positive | None = Field(None, description="largest norm of the gradient")
+    ema: Share | None = Field(None, description="decay of an average of the weights, which is then kept")
+    init: Literal["default", "unit-variance"] | None = Field(None, description="how weights start")
+
+
+class DataOptions(Options):
+    """Which images."""
+
+    data: str = Field(
+        "digits", description="digits, mnist, fashion-mnist, cifar10, cifar100 or imagefolder:PATH"
+    )
+    data_root: Path | None = Field(
+        None, description="where the files of a named source lie, or are downloaded to"
+    )
+    split: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.2, description="test part of an image folder without train/"
+    )
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.1, description="part of the training images held out for validation"
+    )
+    split_seed: int = Field(0, description="fixes which images those are")
+    image_size: Count | None = Field(None, description="decode the images of a folder to this side")
+    limit_train: Count | None = Field(None, description="train on this many images only")
+    offline: bool = Field(False, description="never download anything")
+
+    def load_arguments(self) -> dict[str, Any]:
+        """The arguments of `data.load_data`."""
+        names = ("split", "val_fraction", "split_seed", "image_size", "limit_train", "offline")
+        return {"source": self.data, "root": self.data_root, **{name: getattr(self, name) for name in names}}
+
+
+class InspectOptions(DataOptions):
+    """`ekd data`."""
+
+    sheet: Path | None = Field(
+        None, description="where to write the contact sheet; default runs/data-NAME.png"
+    )
+
+
+class RunOptions(DataOptions):
+    """What all verbs that train have in common."""
+
+    stem: Literal["auto", "imagenet"] = Field(
+        "auto", description="imagenet keeps the stock form on small images"
+    )
+    augment: AUGMENT = Field(
+        "auto", description="views: none, crop, crop-flip; auto takes what suits the data"
+    )
+    training: RecipeOptions = RecipeOptions()
+    seed: int = Field(0, ge=0, description="of weights, order of images and views")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    out: Path | None = Field(None, description="run folder; default runs/DATA-NAME-TIME")
+    overwrite: bool = Field(False, description="replace what is in the run folder")
+
+
+class TrainOptions(RunOptions):
+    """`ekd train`."""
+
+    model: str = Field(description="network to train")
+    role: Literal["teacher", "control"] = Field(
+        "teacher", description="teacher: its recipe, kept in the library; control: a student's recipe"
+    )
+    size: Count | None = Field(None, description="side of the network's input in pixels")
+
+
+class EvaluateOptions(DataOptions):
+    """`ekd evaluate`."""
+
+    path: str = Field(description="run folder, .safetensors file, or a teacher's name")
+    on: Literal["test", "val"] = Field("test", description="which split: test or val")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+
+
+class AgreementOptions(DataOptions):
+    """`ekd analyze-agreement`."""
+
+    run: Path | None = Field(None, description="run folder; the newest finished one where none is named")
+    models: Names = Field([], description="instead of a run: models by name, run folder or file")
+    seed: int = Field(0, ge=0, description="of the bootstrap")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    out: Path | None = Field(None, description="folder for agreement.json and agreement.png")
+
+
+class DistillOptions(RunOptions):
+    """`ekd distill`."""
+
+    teachers: Names = Field(default=[], description="names, by commas or repeated", validate_default=False)
+    student: str = Field("lenet", description="network to teach")
+    temperature: PerTeacher = Field(
+        4.0, description="one number, or NAME=T,... a teacher; student=T sets the student's own"
+    )
+    soft_weight: Share = Field(0.9, description="w in (1-w)*CE(labels) + w*T^2*KL(target||student)")
+    weights: Annotated[list[NotNegative], BeforeValidator(_numbers)] | None = Field(
+        None, description="fixed weights of the teachers, summing to 1; default equal"
+    )
+    pool: Literal["prob", "logit"] = Field("prob", description="mean of probabilities, or of logits")
+    controls: Names = Field(["labels"], description="labels, best-teacher, independent; or none")
+    views: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="stored views of each image, 0 for a fresh one each epoch; default 1 or 16"
+    )
+    student_size: Count | None = Field(None, description="side of the student's input in pixels")
+    teacher_size: Sizes = Field({}, description="NAME=PIXELS,... for teachers")
+    teacher_training: RecipeOptions = RecipeOptions()
+    teacher_seed: int = Field(0, ge=0, description="of teachers trained here")
+    train_teachers: bool = Field(True, description="train teachers that are not in the library")
+
+    def cross_checks(self) -> list[tuple[set[str], Problem]]:
+        """See `Options.cross_checks`."""
+        labels = [teacher_label(name) for name in self.teachers]
+        found: list[tuple[set[str], Problem]] = []
+        if not labels:
+            found.append(
+                (
+                    {"teachers"},
+                    Problem(
+                        "no teachers are named",
+                        "there is nothing to distil from",
+                        "say --teachers resnet18,vgg16",
+                    ),
+                )
+            )
+        for label in [label for label, count in Counter(labels).items() if count > 1]:
+            base = label.partition("#")[0]
+            found.append(
+                (
+                    {"teachers"},
+                    Problem(
+                        f"teacher {label!r} is named twice",
+                        "the same network twice teaches nothing new",
+                        f"leave one out, or give each its own seed: {base}#1,{base}#2",
+                    ),
+                )
+            )
+        found += [({"weights", "teachers"}, problem) for problem in self._check_weights(labels)]
+        for option, table, extra in (
+            ("temperature", self.temperature, ["student"]),
+            ("teacher_size", self.teacher_size, []),
+        ):
+            names = list(table) if isinstance(table, dict) else []
+            found += [({option, "teachers"}, p) for p in _check_names(option, names, labels, extra)]
+        for control in self.controls:
+            if control not in CONTROLS:
+                found.append(
+                    (
+                        {"controls"},
+                        Problem(
+                            f"controls: there is no {control!r}",
+                            f"known are {', '.join(CONTROLS)} and none",
+                            nearest(control, CONTROLS) or "name one of these",
+                        ),
+                    )
+                )
+        return found
+
+    def _check_weights(self, labels: Sequence[str]) -> list[Problem]:
+        if self.weights is None or not labels:
+            return []
+        total = sum(self.weights)
+        if len(self.weights) != len(labels):
+            return [
+                Problem(
+                    f"weights: {len(self.weights)} number(s) for {len(labels)} teacher(s)",
+                    f"the teachers are {listing(labels)}",
+                    "give one weight a teacher, in their order",
+                )
+            ]
+        if not math.isclose(total, 1, abs_tol=1e-6):
+            even = ",".join(f"{w / total:.3g}" for w in self.weights) if total > 0 else "1,…"
+            return [
+                Problem(
+                    f"weights: {listing(self.weights)} sum to {total:g}, not to 1",
+                    "other sums would change the scale of the loss",
+                    f"say --weights {even}",
+                )
+            ]
+        return []
+
+
+def teacher_label(name: str) -> str:
+    """The short name of a teacher, without looking anything up (see `models.ModelName.label`)."""
+    from ensemble_kd.models import label_of
+
+    return label_of(name)
+
+
+def _check_names(
+    option: str, names: Sequence[str], labels: Sequence[str], extra: Sequence[str]
+) -> list[Problem]:
+    known = [*labels, *extra]
+    return [
+        Problem(
+            f"{option}: there is no teacher {name!r}",
+            f"the teachers are {listing(labels)}",
+            nearest(name, known) or "name one of these",
+        )
+        for name in names
+        if name not in known
+    ]
