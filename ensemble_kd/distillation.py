@@ -26,7 +26,7 @@ from ensemble_kd.results import compare, confident_logits
 from ensemble_kd.runs import Run, Stopwatch, surroundings
 from ensemble_kd.schema import DistillOptions
 from ensemble_kd.teachers.ensemble import Ensemble, LiveTargets, StoredTargets, Teacher
-from ensemble_kd.teachers.registry import can_be_reseeded, load_teacher
+from ensemble_kd.teachers.registry import can_be_trained, load_teacher
 
 DEFAULT_TEMPERATURE = 4.0
 STORED_VIEWS = 16
@@ -174,7 +174,7 @@ def _viewing(options: DistillOptions, data: Dataset, recipe: Recipe) -> Viewing:
 def _check_controls(options: DistillOptions, names: Sequence[ModelName | None]) -> None:
     if "independent" not in options.controls:
         return
-    fixed = [label for label, name in zip(options.teachers, names, strict=True) if not can_be_reseeded(name)]
+    fixed = [label for label, name in zip(options.teachers, names, strict=True) if not can_be_trained(name)]
     if fixed:
         raise ConfigError(
             f"controls: independent teachers cannot be made for {', '.join(fixed)}",

@@ -17,7 +17,7 @@ from ensemble_kd.errors import RunError
 from ensemble_kd.fit import predict
 from ensemble_kd.fresh import for_data
 from ensemble_kd.metrics import measure
-from ensemble_kd.models import label_of
+from ensemble_kd.names import label_of
 from ensemble_kd.schema import EvaluateOptions
 from ensemble_kd.teachers.registry import load_teacher
 from ensemble_kd.weights import load_student

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import importlib.util
 import inspect
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,11 @@ from torch import nn
 
 from ensemble_kd.errors import ModelError, listing, nearest
 from ensemble_kd.forms import to_small_form
+from ensemble_kd.names import LIBRARIES, label_of, split_seed
 from ensemble_kd.students import STUDENTS, own_size
 
 SMALL_IMAGE = 64
 """Up to this side in pixels, networks trained here take their small-image form."""
-
-LIBRARIES = ("timm", "tv", "hf-hub", "py")
 
 _LADDER = (
     8,
@@ -75,27 +73,6 @@ class ModelName:
         return label_of(self.text)
 
 
-def label_of(text: str) -> str:
-    """The short name of a model, from its text alone: architecture, factory, file or run, and seed."""
-    body, _, seed = _split_seed(text)
-    arch = body.partition("@")[0]
-    library, colon, rest = arch.partition(":")
-    if colon and library == "py":
-        base = rest.rpartition(":")[2]
-    elif colon and library in LIBRARIES:
-        base = arch if library == "tv" else rest.rpartition("/")[2]
-    else:
-        path = Path(arch)
-        inside = path.suffix == ".safetensors" and path.stem in ("student", "model")
-        base = path.parent.name if inside else path.name.removesuffix(".safetensors")
-    return f"{base}#{seed}" if seed else base
-
-
-def _split_seed(text: str) -> tuple[str, str, str]:
-    match = re.fullmatch(r"(.+)#(\d+)", text.strip())
-    return (match[1], "#", match[2]) if match else (text.strip(), "", "")
-
-
 def parse(text: str) -> ModelName:
     """Read a model's name.
 
@@ -104,7 +81,7 @@ def parse(text: str) -> ModelName:
     Raises:
         ModelError: there is no such model; the nearest name is suggested.
     """
-    body, _, digits = _split_seed(text)
+    body, _, digits = split_seed(text)
     seed = int(digits) if digits else None
     arch, _, weights = body.partition("@")
     library, colon, rest = arch.partition(":")

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from ensemble_kd.errors import Problem, listing, nearest
+from ensemble_kd.names import label_of
 
 AUGMENT = Literal["auto", "none", "crop", "crop-flip"]
 CONTROLS = ("labels", "best-teacher", "independent")
@@ -180,7 +181,7 @@ class DistillOptions(RunOptions):
 
     def cross_checks(self) -> list[tuple[set[str], Problem]]:
         """See `Options.cross_checks`."""
-        labels = [teacher_label(name) for name in self.teachers]
+        labels = [label_of(name) for name in self.teachers]
         found: list[tuple[set[str], Problem]] = []
         if not labels:
             found.append(
@@ -248,13 +249,6 @@ class DistillOptions(RunOptions):
                 )
             ]
         return []
-
-
-def teacher_label(name: str) -> str:
-    """The short name of a teacher, without looking anything up (see `models.ModelName.label`)."""
-    from ensemble_kd.models import label_of
-
-    return label_of(name)
 
 
 def _check_names(

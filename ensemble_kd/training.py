@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ensemble_kd import config, files, recipes
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.console import log
 from ensemble_kd.curves import draw_curves
 from ensemble_kd.data import load_data
+from ensemble_kd.data.dataset import Dataset
 from ensemble_kd.device import choose_device
+from ensemble_kd.errors import ConfigError
 from ensemble_kd.fit import predict, train_on_labels
 from ensemble_kd.fresh import new_classifier
 from ensemble_kd.metrics import measure
@@ -20,7 +24,7 @@ from ensemble_kd.models import parse
 from ensemble_kd.runs import Run, Stopwatch, surroundings
 from ensemble_kd.schema import TrainOptions
 from ensemble_kd.teachers.library import history_of
-from ensemble_kd.teachers.registry import load_teacher
+from ensemble_kd.teachers.registry import can_be_trained, load_teacher
 
 
 @dataclass(frozen=True)
@@ -65,30 +69,9 @@ def train(
         config.to_yaml(chosen, augment=policy, out=None, overwrite=False),
     )
     log.info("run folder %s", run.folder)
-    overrides = chosen.training.model_dump()
     watch.lap("data")
     with run.working():
-        if chosen.role == "teacher":
-            teacher = load_teacher(
-                name,
-                data,
-                size=chosen.size,
-                stem=chosen.stem,
-                seed=chosen.seed,
-                augment=policy,
-                training=overrides,
-                device=device,
-                offline=chosen.offline,
-            )
-            classifier, history = teacher.classifier, history_of(Path(teacher.origin))
-        else:
-            classifier = new_classifier(
-                name, data, size=chosen.size, stem=chosen.stem, seed=chosen.seed, offline=chosen.offline
-            )
-            recipe = recipes.student_recipe(classifier, len(data.train), overrides)
-            history = train_on_labels(
-                classifier, data, recipe, policy, seed=chosen.seed, device=device, description=name.label
-            )
+        classifier, history = _train(chosen, data, device, policy)
         watch.lap("training")
         run.keep_network("model", classifier, history)
         test = data.test.to(device)
@@ -98,17 +81,36 @@ def train(
             "bytes": classifier.byte_count,
             **measure(predict(classifier, test), test.known_labels),
         }
-        if history:
-            draw_curves(run.history(), run.path("curves.png"))
+        draw_curves(run.history(), run.path("curves.png"))
         watch.lap("test")
-        metrics = {
-            "data": data.name,
-            "split": "test",
-            "n": len(test),
-            "models": {name.label: row},
-            "seconds": watch.seconds,
-        }
+        metrics = {"data": data.name, "split": "test", "n": len(test)}
+        metrics |= {"models": {name.label: row}, "seconds": watch.seconds}
         facts = {"seed": chosen.seed, "data": {"name": data.name, "fingerprint": data.fingerprint()}}
         files.write_json(run.path("manifest.json"), surroundings(device) | facts)
         files.write_json(run.path("metrics.json"), metrics)
     return TrainResult(run.folder, metrics, classifier)
+
+
+def _train(
+    chosen: TrainOptions, data: Dataset, device: torch.device, policy: str
+) -> tuple[Classifier, list[dict[str, Any]]]:
+    """The trained network and its history, by the recipe of its role."""
+    name, overrides = parse(chosen.model), chosen.training.model_dump()
+    common: dict[str, Any] = {
+        "size": chosen.size, "stem": chosen.stem, "seed": chosen.seed, "offline": chosen.offline,
+    }  # fmt: skip
+    if chosen.role == "teacher":
+        if not can_be_trained(name):
+            raise ConfigError(
+                f"model: {chosen.model!r} is trained already",
+                "a file or a run brings its own weights",
+                "name an architecture, or train on from the file with --role control",
+            )
+        teacher = load_teacher(name, data, **common, augment=policy, training=overrides, device=device)
+        return teacher.classifier, history_of(Path(teacher.origin))
+    classifier = new_classifier(name, data, **common)
+    recipe = recipes.student_recipe(classifier, len(data.train), overrides)
+    history = train_on_labels(
+        classifier, data, recipe, policy, seed=chosen.seed, device=device, description=name.label
+    )
+    return classifier, history

@@ -133,6 +133,6 @@ def _train_and_keep(
     return folder
 
 
-def can_be_reseeded(name: ModelName | None) -> bool:
-    """Whether another seed gives another teacher; None stands for an object of the user's."""
+def can_be_trained(name: ModelName | None) -> bool:
+    """Whether it is trained here, so that another seed gives another; None is an object of the user's."""
     return name is not None and not _is_trained(name)

@@ -1,0 +1,71 @@
+"""Fixtures: an own cache for each test session, small data, and one finished run that tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import jaxtyping
+import pytest
+import torch
+
+# Shapes in annotations are checked in the tests only; this must precede the first import of the modules.
+jaxtyping.install_import_hook(
+    [
+        "ensemble_kd.losses",
+        "ensemble_kd.combine",
+        "ensemble_kd.metrics",
+        "ensemble_kd.data.views",
+    ],
+    "beartype.beartype",
+)
+
+from ensemble_kd.data import load_data  # noqa: E402
+from ensemble_kd.data.dataset import Dataset  # noqa: E402
+from ensemble_kd.distillation import DistillResult, distill  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing is read from or written to the user's cache, and nothing is downloaded."""
+    os.environ["EKD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
+    os.environ["TORCH_HOME"] = str(tmp_path_factory.mktemp("torch"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache for one test."""
+    monkeypatch.setenv("EKD_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def digits() -> Dataset:
+    return load_data("digits")
+
+
+@pytest.fixture(scope="session")
+def few_digits() -> Dataset:
+    """200 training images: enough for mechanics, fast."""
+    return load_data("digits", limit_train=200)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, _own_cache: None) -> DistillResult:
+    """A small finished run with all controls; tests read it and leave it as it is."""
+    return distill(
+        ["lenet", "resnet8"],
+        "lenet",
+        controls="labels,best-teacher,independent",
+        epochs=4,
+        teacher_epochs=2,
+        limit_train=600,
+        out=tmp_path_factory.mktemp("runs") / "finished",
+    )
