@@ -11,7 +11,7 @@ from ensemble_kd import files
 _PANELS = {
     "accuracy": "accuracy",
     "loss": "loss, % of its maximum",
-    "teacher_student_cross_entropy": "teacher–student cross-entropy, % of its maximum",
+    "teacher_student_cross_entropy": "teacher–student CE, % of its maximum",
 }
 
 
@@ -61,6 +61,8 @@ def draw_curves(history: Sequence[dict[str, Any]], path: Path) -> None:
             if not part.empty:
                 sns.lineplot(part, x="step", y="percent", hue="network", style="split", ax=axis)
             axis.set(title=title, xlabel="iterations", ylabel="")
+            if name != "accuracy" and axis.get_legend():
+                axis.get_legend().remove()  # one legend serves all panels
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=110)
     files.write_bytes(path, buffer.getvalue())

@@ -22,6 +22,7 @@ from ensemble_kd.errors import ConfigError, RunError
 from ensemble_kd.fit import Objective, Recipe, Viewing, fit
 from ensemble_kd.fresh import new_classifier
 from ensemble_kd.models import ModelName, parse
+from ensemble_kd.names import label_of
 from ensemble_kd.results import compare, confident_logits
 from ensemble_kd.runs import Run, Stopwatch, surroundings
 from ensemble_kd.schema import DistillOptions
@@ -174,7 +175,9 @@ def _viewing(options: DistillOptions, data: Dataset, recipe: Recipe) -> Viewing:
 def _check_controls(options: DistillOptions, names: Sequence[ModelName | None]) -> None:
     if "independent" not in options.controls:
         return
-    fixed = [label for label, name in zip(options.teachers, names, strict=True) if not can_be_trained(name)]
+    fixed = [
+        label_of(text) for text, name in zip(options.teachers, names, strict=True) if not can_be_trained(name)
+    ]
     if fixed:
         raise ConfigError(
             f"controls: independent teachers cannot be made for {', '.join(fixed)}",
