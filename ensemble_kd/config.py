@@ -64,9 +64,8 @@ def _validate(model: type[M], values: dict[str, Any]) -> tuple[M | None, list[Pr
         return options, [problem for _, problem in options.cross_checks()]
     except ValidationError as error:
         problems, wrong = [], set()
-        for detail in error.errors():
-            field = str(detail["loc"][0])
-            wrong.add(field)
+        for detail in _told_once(error):
+            wrong.add(str(detail["loc"][0]))
             if (problem := _translate(model, detail)) not in problems:
                 problems.append(problem)
     # What is wrong is set aside, so that the fields that are right can be checked together.
@@ -76,6 +75,14 @@ def _validate(model: type[M], values: dict[str, Any]) -> tuple[M | None, list[Pr
     except ValidationError:
         pass
     return None, problems
+
+
+def _told_once(error: ValidationError) -> list[Mapping[str, Any]]:
+    """The errors, without those of the branch of a union that was not meant."""
+    details: list[Mapping[str, Any]] = list(error.errors())
+    meant = [detail for detail in details if detail["type"] not in ("dict_type", "float_type")]
+    explained = {detail["loc"][0] for detail in meant}
+    return meant + [detail for detail in details if detail["loc"][0] not in explained]
 
 
 def _translate(model: type[Options], detail: Mapping[str, Any]) -> Problem:

@@ -44,7 +44,6 @@ def progress(description: str, total: int) -> Iterator[Callable[..., None]]:
 
 def log_to_stderr(quiet: bool = False) -> None:
     """Show log lines on stderr; epoch lines (debug) only where no progress bar shows them."""
-    _stderr.setStream(sys.stderr)
     shown = logging.INFO if sys.stderr.isatty() else logging.DEBUG
     _stderr.setLevel(logging.WARNING if quiet else shown)
     if _stderr not in log.handlers:
@@ -77,5 +76,12 @@ class _Prefix(logging.Formatter):
         return prefix + record.getMessage()
 
 
-_stderr = logging.StreamHandler()
+class _Stderr(logging.Handler):
+    """Writes to whatever sys.stderr is at the time, as tests and notebooks replace it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
+_stderr = _Stderr()
 _stderr.setFormatter(_Prefix())

@@ -221,7 +221,7 @@ def _train_networks(
     run: Run, setting: _Setting, ensemble: Ensemble, names: Sequence[ModelName | None], watch: Stopwatch
 ) -> dict[str, Classifier]:
     """The student and its controls, each from the same weights, order and views."""
-    val_logits = ensemble.checked_logits(setting.data.val.to(setting.device))
+    val_logits = ensemble.all_logits(setting.data.val.to(setting.device))
     stored: dict[int, Tensor] = {}
     networks = {}
     for name in ["student", *setting.options.controls]:
@@ -246,7 +246,7 @@ def _train_networks(
                 if n is not None
             ]
             own = replace(ensemble, teachers=others).to(setting.device)
-            own_val, own_stored = own.checked_logits(setting.data.val.to(setting.device)), {}
+            own_val, own_stored = own.all_logits(setting.data.val.to(setting.device)), {}
         objective = _objective(name, own, own_val, own_stored, setting)
         networks[name] = _train(name, objective, setting, run)
         watch.lap(name)
@@ -309,7 +309,7 @@ def _conclude(
 ) -> dict[str, Any]:
     """Measure everything on the test split, once, and write what the run leaves."""
     test = setting.data.test.to(setting.device)
-    stacked = ensemble.checked_logits(test)
+    stacked = ensemble.all_logits(test)
     members = {teacher.label: teacher.classifier for teacher in ensemble.teachers}
     metrics, logits = compare(
         networks, members, stacked, confident_logits(ensemble.target(stacked).plain), test

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -28,8 +29,11 @@ def new_classifier(
     stem: str = "auto",
     seed: int = 0,
     offline: bool = False,
+    sketch: bool = False,
 ) -> Classifier:
     """Build the network that `name` means for `data`; the same seed gives the same weights.
+
+    A `sketch` has no memory for its weights where they would be fresh: it tells form, size and kind.
 
     Published weights are taken where the name asks for them. Where it does not, stock networks on
     images over 64 pixels start from them if they can be had, and say so if not.
@@ -44,10 +48,12 @@ def new_classifier(
             return for_data(load_classifier(weights_path(Path(name.arch).expanduser())), data, name.label)
         if is_file(name.weights) and has_card(file := Path(str(name.weights)).expanduser()):
             return for_data(load_classifier(file, code=name), data, name.label)
-        return _build(name, data, size, stem, offline)
+        return _build(name, data, size, stem, offline, sketch)
 
 
-def _build(name: ModelName, data: Dataset, size: int | None, stem: str, offline: bool) -> Classifier:
+def _build(
+    name: ModelName, data: Dataset, size: int | None, stem: str, offline: bool, sketch: bool
+) -> Classifier:
     form = choose_form(name, data.image_size, stem)
     classes, channels = len(data.classes), data.channels
     loaded = None
@@ -60,14 +66,16 @@ def _build(name: ModelName, data: Dataset, size: int | None, stem: str, offline:
         side = choose_size(
             name, num_classes=classes, channels=channels, image_size=data.image_size, form=form, wanted=size
         )
-        net = build(name, num_classes=classes, channels=channels, size=side, form=form)
+        empty = sketch and name.library != "py" and not is_file(name.weights)
+        with torch.device("meta") if empty else nullcontext():
+            net = build(name, num_classes=classes, channels=channels, size=side, form=form)
         took = 3 if name.library == "tv" else channels
         mean, std = (fit_channels(values, took) for values in data.mean_and_std())
         pre = Preprocess(took, (side, side), mean, std)
         if is_file(name.weights):
             path = Path(str(name.weights)).expanduser()
             fill(net, read_tensors(path), path)
-    if pre.channels != channels:
+    if pre.channels != channels and not sketch:
         log.info(
             "%s takes %s: the %s images are converted", name.label, _colour(pre.channels), _colour(channels)
         )

@@ -18,15 +18,15 @@ FEW_IMAGES = 5000
 
 
 def student_recipe(model: Classifier, train_size: int, overrides: Mapping[str, Any]) -> Recipe:
-    """For students and their controls: about a million images seen, in 15 to 40 epochs."""
-    epochs = min(40, max(15, round(1_000_000 / train_size)))
+    """For students and their controls: about a million images seen, in 15 to 20 epochs."""
+    epochs = min(20, max(15, round(1_000_000 / train_size)))
     return _complete(model, train_size, epochs, 0.0, overrides)
 
 
 def teacher_recipe(model: Classifier, train_size: int, overrides: Mapping[str, Any]) -> Recipe:
     """For teachers, which learn from labels alone: few epochs, since they are large, with smoothing."""
     few = train_size < FEW_IMAGES
-    epochs = (3 if normalisation(model.net) != "none" else 4) if few else 10
+    epochs = (3 if normalisation(model.net) == "none" else 5) if few else 10
     return _complete(model, train_size, epochs, 0.1, overrides)
 
 

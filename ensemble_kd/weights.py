@@ -92,11 +92,8 @@ def load_classifier(path: Path, code: ModelName | None = None) -> Classifier:
     """
     card = read_card(path)
     name = code or _safe_name(card, path)
-    pre = card.preprocess
     try:
-        net = build(
-            name, num_classes=len(card.classes), channels=pre.channels, size=pre.size[0], form=card.form
-        )
+        net = _empty(name, card)
     except EkdError:
         raise
     except Exception as error:
@@ -107,6 +104,18 @@ def load_classifier(path: Path, code: ModelName | None = None) -> Classifier:
         ) from error
     fill(net, read_tensors(path), path)
     return Classifier(net, card, pretrained=True).eval()
+
+
+def _empty(name: ModelName, card: Card) -> nn.Module:
+    """The network without memory for its weights, where nothing but weights is needed to fill it."""
+    pre = card.preprocess
+    facts = {"num_classes": len(card.classes), "channels": pre.channels, "size": pre.size[0]}
+    if name.library != "py":
+        with torch.device("meta"):
+            net = build(name, **facts, form=card.form)
+        if {key for key, _ in net.named_buffers()} <= net.state_dict().keys():
+            return net
+    return build(name, **facts, form=card.form)
 
 
 def _safe_name(card: Card, path: Path) -> ModelName:
@@ -244,4 +253,4 @@ def fill(net: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
             f"{key} is {tuple(tensors[key].shape)} in the file and {tuple(own[key].shape)} in the network",
             "the number of classes or channels differs: use weights made for this data",
         )
-    net.load_state_dict(dict(tensors))
+    net.load_state_dict(dict(tensors), assign=True)

@@ -14,6 +14,7 @@ from ensemble_kd.console import progress
 from ensemble_kd.data.dataset import Images
 from ensemble_kd.errors import ModelError
 from ensemble_kd.fit import EVAL_BATCH, Target, Viewing, predict
+from ensemble_kd.teachers.outputs import through_store
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class Teacher:
     origin: str
     """Where its weights came from: a path, or the name of published weights."""
     fingerprint: str
+    storable: bool = False
+    """Whether tensors and card say all about it, so that its outputs can be kept for later runs."""
 
     @classmethod
-    def of(cls, label: str, classifier: Classifier, origin: str) -> Teacher:
-        """Freeze `classifier` as a teacher."""
+    def of(cls, label: str, classifier: Classifier, origin: str, storable: bool = False) -> Teacher:
+        """Freeze `classifier` as a teacher; leave `storable` out for a module of your own."""
         classifier.freeze()
-        return cls(label, classifier, origin, classifier.fingerprint())
+        return cls(label, classifier, origin, classifier.fingerprint(), storable)
 
     def check_unchanged(self) -> str:
         """The hash of its tensors now.
@@ -46,6 +49,39 @@ class Teacher:
                 "a module of your own that writes to its buffers in eval mode cannot be a teacher",
             )
         return now
+
+    def all_logits(self, images: Images, viewing: Viewing | None = None, view_id: int = 0) -> Tensor:
+        """Logits (N, C) of all images, or of one view of them, from the store where they are kept.
+
+        Raises:
+            ModelError: an output is not finite.
+        """
+        policy = viewing.policy if viewing else "none"
+        depends_on = {
+            "teacher": self.fingerprint,
+            "card": self.classifier.card.to_json() | {"data": None},
+            "images": images.digest(),
+            "view": None if viewing is None or policy == "none" else (policy, viewing.seed, view_id),
+        }
+        logits = through_store(
+            depends_on if self.storable else None, lambda: self._compute(images, viewing, view_id)
+        )
+        if not bool(logits.isfinite().all()):
+            raise ModelError(
+                f"teacher {self.label!r} gives NaN or infinite outputs",
+                "its weights are damaged, or its input is not what it was trained on",
+                "check it with `ekd evaluate`, or leave it out",
+            )
+        return logits.to(images.pixels.device)
+
+    def _compute(self, images: Images, viewing: Viewing | None, view_id: int) -> Tensor:
+        blocks = []
+        with progress(f"teacher {self.label}, view {view_id + 1}", len(images)) as advance:
+            for batch in images.batches(EVAL_BATCH):
+                seen = viewing.apply(batch, view_id) if viewing else batch
+                blocks.append(predict(self.classifier, seen))
+                advance(len(batch))
+        return torch.cat(blocks)
 
 
 @dataclass(frozen=True)
@@ -63,26 +99,13 @@ class Ensemble:
             teacher.classifier.to(device)
         return self
 
-    @torch.inference_mode()
-    def logits(self, images: Images) -> Tensor:
-        """Stacked logits (K, N, C) of all images, one teacher after another, each in batches."""
-        return torch.stack([predict(teacher.classifier, images) for teacher in self.teachers])
-
-    def checked_logits(self, images: Images) -> Tensor:
-        """`logits`, all of them finite.
+    def all_logits(self, images: Images, viewing: Viewing | None = None, view_id: int = 0) -> Tensor:
+        """Stacked logits (K, N, C) of all images or one view of them, one teacher after another.
 
         Raises:
-            ModelError: a teacher's output is not.
+            ModelError: a teacher's output is not finite.
         """
-        logits = self.logits(images)
-        for teacher, out in zip(self.teachers, logits, strict=True):
-            if not bool(out.isfinite().all()):
-                raise ModelError(
-                    f"teacher {teacher.label!r} gives NaN or infinite outputs",
-                    "its weights are damaged, or its input is not what it was trained on",
-                    "check it with `ekd evaluate`, or leave it out",
-                )
-        return logits
+        return torch.stack([teacher.all_logits(images, viewing, view_id) for teacher in self.teachers])
 
     def target(self, logits: Tensor) -> Target:
         """The soft target of stacked logits (K, B, C), tempered and at temperature 1."""
@@ -108,7 +131,8 @@ class LiveTargets:
 
     def __call__(self, batch: Images, index: Tensor, view_id: int) -> Target:
         """See `fit.TargetSource`."""
-        return self.ensemble.target(self.ensemble.logits(batch))
+        logits = [predict(teacher.classifier, batch) for teacher in self.ensemble.teachers]
+        return self.ensemble.target(torch.stack(logits))
 
 
 @dataclass
@@ -125,16 +149,6 @@ class StoredTargets:
 
     def __call__(self, batch: Images, index: Tensor, view_id: int) -> Target:
         """See `fit.TargetSource`."""
-        return self.ensemble.target(self.view(view_id)[:, index])
-
-    def view(self, view_id: int) -> Tensor:
-        """The logits (K, N, C) of one view of all training images, computed when first asked for."""
         if view_id not in self.views:
-            description = f"teachers on view {view_id + 1}/{max(1, self.viewing.count)}"
-            blocks = []
-            with progress(description, len(self.train)) as advance:
-                for batch in self.train.batches(EVAL_BATCH):
-                    blocks.append(self.ensemble.checked_logits(self.viewing.apply(batch, view_id)))
-                    advance(len(batch))
-            self.views[view_id] = torch.cat(blocks, dim=1)
-        return self.views[view_id]
+            self.views[view_id] = self.ensemble.all_logits(self.train, self.viewing, view_id)
+        return self.ensemble.target(self.views[view_id][:, index])

@@ -9,6 +9,7 @@ from typing import Any
 from ensemble_kd import files
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.console import log
+from ensemble_kd.models import ModelName
 from ensemble_kd.weights import load_classifier, save_classifier
 
 
@@ -24,8 +25,11 @@ def folder_of(made_from: dict[str, Any]) -> Path:
     return library_dir() / f"{readable[-80:].strip('-')}-{key}"
 
 
-def find(made_from: dict[str, Any]) -> Classifier | None:
-    """The teacher made from these facts, or None; a file that changed since it was kept is not used."""
+def find(made_from: dict[str, Any], code: ModelName | None = None) -> Classifier | None:
+    """The teacher made from these facts, or None; a file that changed since it was kept is not used.
+
+    For a module of the user's, `code` is its name, which is run to build it.
+    """
     folder = folder_of(made_from)
     weights, facts = folder / "model.safetensors", folder / "teacher.json"
     if not facts.is_file() or not weights.is_file():
@@ -33,7 +37,7 @@ def find(made_from: dict[str, Any]) -> Classifier | None:
     if files.read_json(facts)["sha256"] != files.sha256_file(weights):
         log.warning("%s was changed since it was kept: the teacher is trained again", weights)
         return None
-    return load_classifier(weights)
+    return load_classifier(weights, code)
 
 
 def keep(classifier: Classifier, made_from: dict[str, Any], results: dict[str, Any]) -> Path:

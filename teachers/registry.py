@@ -64,23 +64,41 @@ def load_teacher(
     if _is_trained(model):
         classifier = new_classifier(model, dataset, **options)
         origin = str(Path(model.weights or model.arch))
-        return Teacher.of(model.label, classifier.to(target), origin)
-    classifier = new_classifier(model, dataset, **{**options, "offline": offline or not train})
-    recipe = recipes.teacher_recipe(classifier, len(dataset.train), training or {})
-    policy = augment or dataset.augment
-    made_from = _made_from(model, classifier, dataset, recipe, policy, seed)
-    kept = library.find(made_from)
+        return Teacher.of(model.label, classifier.to(target), origin, storable=model.library != "py")
+    return _kept_or_trained(
+        model, dataset, options, augment or dataset.augment, training or {}, train, target
+    )
+
+
+def _kept_or_trained(
+    model: ModelName,
+    dataset: Dataset,
+    options: dict[str, Any],
+    policy: str,
+    training: Mapping[str, Any],
+    train: bool,
+    device: torch.device,
+) -> Teacher:
+    """From the library, or trained now and kept; what it is made from is told from a sketch."""
+    sketch = new_classifier(
+        model, dataset, **{**options, "offline": options["offline"] or not train}, sketch=True
+    )
+    recipe = recipes.teacher_recipe(sketch, len(dataset.train), training)
+    made_from = _made_from(model, sketch, dataset, recipe, policy, options["seed"])
+    storable = model.library != "py"
+    kept = library.find(made_from, code=None if storable else model)
     if kept is not None:
         log.info("teacher %s: from the library", model.label)
-        return Teacher.of(model.label, kept.to(target), str(library.folder_of(made_from)))
+        return Teacher.of(model.label, kept.to(device), str(library.folder_of(made_from)), storable)
     if not train:
         raise ModelError(
             f"teacher {model.label!r} is not in the library for {dataset.name} with this recipe",
             "--no-train forbids to train it now",
             f"leave --no-train out, or train it first: ekd train {model.text} --data {dataset.name}",
         )
-    folder = _train_and_keep(model.label, classifier, dataset, recipe, policy, seed, target, made_from)
-    return Teacher.of(model.label, classifier, str(folder))
+    classifier = new_classifier(model, dataset, **options)
+    folder = _train_and_keep(model.label, classifier, dataset, recipe, policy, device, made_from)
+    return Teacher.of(model.label, classifier, str(folder), storable)
 
 
 def _is_trained(name: ModelName) -> bool:
@@ -94,7 +112,7 @@ def _made_from(
     return {
         "model": name.canonical,
         "code": files.sha256_file(Path(name.arch.rpartition(":")[0])) if name.library == "py" else None,
-        "first_weights": classifier.fingerprint(),
+        "published": classifier.pretrained and classifier.fingerprint(),
         "card": classifier.card.to_json() | {"data": None},
         "data": data.name,
         "pixels": data.fingerprint(),
@@ -110,7 +128,6 @@ def _train_and_keep(
     data: Dataset,
     recipe: Recipe,
     policy: str,
-    seed: int,
     device: torch.device,
     made_from: dict[str, Any],
 ) -> Path:
@@ -124,7 +141,13 @@ def _train_and_keep(
         recipe.epochs,
     )
     history = train_on_labels(
-        classifier, data, recipe, policy, seed=seed, device=device, description=f"teacher {label}"
+        classifier,
+        data,
+        recipe,
+        policy,
+        seed=made_from["seed"],
+        device=device,
+        description=f"teacher {label}",
     )
     folder = library.keep(classifier, made_from, {"val": history[-1]["val"], "history": history})
     log.info(

@@ -22,7 +22,7 @@ LEVELS = [
     {"config", "classifier", "models", "data.views", "data.archives", "data.dataset"},
     {"data.folders", "data.sources", "weights", "pretrained", "data", "data.inspect", "curves"},
     {"fresh", "fit", "runs", "results"},
-    {"recipes", "tables", "teachers", "teachers.library", "teachers.ensemble"},
+    {"recipes", "tables", "teachers", "teachers.library", "teachers.outputs", "teachers.ensemble"},
     {"teachers.registry", "teachers.catalogue"},
     {"distillation", "training", "evaluation", "analysis", "analysis.plots"},
     {"analysis.agreement"},

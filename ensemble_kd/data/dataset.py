@@ -36,6 +36,15 @@ class Images:
         labels = None if self.labels is None else self.labels.to(device)
         return Images(self.pixels.to(device), labels, self.ids.to(device))
 
+    def digest(self) -> str:
+        """SHA-256 of pixels, labels and ids."""
+        digest = hashlib.sha256()
+        for tensor in (self.pixels, self.labels, self.ids):
+            if tensor is not None:
+                digest.update(repr(tuple(tensor.shape)).encode())
+                digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
     def batches(self, size: int) -> Iterator[Images]:
         """The split in order, `size` samples at a time; the last batch may be smaller."""
         for start in range(0, len(self), size):
@@ -82,13 +91,8 @@ class Dataset:
 
     def fingerprint(self) -> str:
         """SHA-256 of classes, pixels, labels and splits: equal exactly when the data are equal."""
-        digest = hashlib.sha256(repr(self.classes).encode())
-        for split in (self.train, self.val, self.test):
-            for tensor in (split.pixels, split.labels, split.ids):
-                if tensor is not None:
-                    digest.update(repr(tuple(tensor.shape)).encode())
-                    digest.update(tensor.cpu().contiguous().numpy().data)
-        return digest.hexdigest()
+        digests = [split.digest() for split in (self.train, self.val, self.test)]
+        return hashlib.sha256(repr((self.classes, digests)).encode()).hexdigest()
 
     def mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of the training pixels by channel, in [0, 1]."""

@@ -1,0 +1,41 @@
+"""Stored outputs of teachers: what a teacher said to which pixels, kept in the cache.
+
+An entry is found by a hash of all that it depends on, so a stale one is never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ensemble_kd import files
+
+MAX_NUMBERS = 25_000_000
+"""Larger outputs (100 MB in float32) are held in memory and not written."""
+
+_LIBRARIES = ("torch", "timm", "torchvision")
+
+
+def through_store(depends_on: dict[str, Any] | None, compute: Callable[[], Tensor]) -> Tensor:
+    """The output kept under `depends_on`, on the CPU; otherwise `compute` it, keep it and return it.
+
+    With None, nothing is read or kept: for teachers whose code has no hash.
+    """
+    if depends_on is None:
+        return compute()
+    facts = depends_on | {name: version(name) for name in _LIBRARIES}
+    path = files.cache_dir() / "outputs" / f"{files.sha256_json(facts)[:32]}.safetensors"
+    if path.is_file():
+        try:
+            return safetensors.torch.load(path.read_bytes())["logits"]
+        except (SafetensorError, KeyError):
+            path.unlink()  # cut off or damaged: made again
+    logits = compute()
+    if logits.numel() <= MAX_NUMBERS:
+        files.write_bytes(path, safetensors.torch.save({"logits": logits.cpu().contiguous()}))
+    return logits

@@ -1,0 +1,43 @@
+"""What several test files share: exact messages, and the package's log lines."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from ensemble_kd.errors import EkdError
+
+
+def message(what: str, why: str, fix: str) -> str:
+    """An error as the user reads it."""
+    return f"{what}\n  why: {why}\n  fix: {fix}"
+
+
+@contextmanager
+def refused(kind: type[EkdError], what: str, why: str, fix: str) -> Iterator[None]:
+    """The block raises exactly `kind` with exactly this message."""
+    with pytest.raises(EkdError) as caught:
+        yield
+    expected = message(what, why, fix)
+    assert str(caught.value) == expected, f"got:\n{caught.value}\nexpected:\n{expected}"
+    assert type(caught.value) is kind
+
+
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """The package's log lines as `LEVEL: text`, whatever the command line did to its logger before."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(f"{record.levelname}: {record.getMessage()}")  # type: ignore[method-assign]
+    log = logging.getLogger("ensemble_kd")
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
