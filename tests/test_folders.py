@@ -365,7 +365,8 @@ def test_a_decompression_bomb_is_an_error(tmp_path, monkeypatch, limit):
     make(tmp_path, size=(4, 4))
     path = picture(tmp_path / "train" / "cat" / "bomb.png", size=(10, 8))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    assert errors_of(tmp_path) == [unreadable(path, "10×8 pixels could exhaust the memory")]
+    why = "it has so many pixels that it could exhaust the memory"
+    assert errors_of(tmp_path) == [unreadable(path, why)]
 
 
 def test_all_broken_files_are_reported_together(tmp_path):
@@ -407,7 +408,7 @@ def test_a_damaged_image_is_read_or_refused_and_nothing_else(tmp_path, ending):
     path = picture(tmp_path / "cat" / f"0.{ending}", size=(20, 20), **options)
     picture(tmp_path / "dog" / "0.png")
     outcomes = set()
-    for mutant in mutants(path.read_bytes(), 120, head=300):
+    for mutant in mutants(path.read_bytes(), 80, head=300):
         path.write_bytes(mutant)
         try:
             folder = scan(tmp_path)

@@ -1,0 +1,59 @@
+"""Seconds of the main job on this machine: cold (empty cache) and warm, each in a process of its own.
+
+    python benchmarks/demo_time.py [--repeats 3]
+
+Writes benchmarks/results/demo-time.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from ensemble_kd import files
+
+COMMAND = ["distill", "--teachers", "resnet18,vgg16", "--student", "lenet"]
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=3)
+    repeats = parser.parse_args().repeats
+    seconds: dict[str, list[float]] = {"cold": [], "warm": []}
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            for kind in seconds:
+                seconds[kind].append(run(folder))
+    for kind, values in seconds.items():
+        print(
+            f"{kind}: median {statistics.median(values):.1f} s ({min(values):.1f} … {max(values):.1f}, n={repeats})"
+        )
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    facts = {"command": f"ekd {' '.join(COMMAND)}", "seconds": seconds, "cpu_count": os.cpu_count(),
+             "machine": platform.machine(), "python": platform.python_version(), "commit": commit}  # fmt: skip
+    files.write_json(RESULTS / "demo-time.json", facts)
+
+
+def run(folder: str) -> float:
+    """Seconds of one whole process with its cache in `folder`."""
+    started = time.perf_counter()
+    environment = {**os.environ, "EKD_CACHE": f"{folder}/cache"}
+    command = [sys.executable, "-m", "ensemble_kd", *COMMAND, "--quiet"]
+    subprocess.run(command, check=True, capture_output=True, cwd=folder, env=environment)
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()

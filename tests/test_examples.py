@@ -1,0 +1,27 @@
+"""The examples run as they stand, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SHOWS = {
+    "quickstart.py": ["control labels", "the first five test images are", "student – ensemble"],
+    "own_images.py": ["teacher my_network", "control best-teacher", "student"],
+}
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_example(name, tmp_path):
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), "--fast"],
+        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONWARNINGS": "error"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    for text in SHOWS[name]:
+        assert text in result.stdout
