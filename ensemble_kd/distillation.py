@@ -130,7 +130,7 @@ def _distill(
             offline=options.offline,
         )
     recipe = _student_recipe(options, student, data)
-    setting = _Setting(options, data, device, student, recipe, _viewing(options, data, recipe))
+    setting = _Setting(options, data.to(device), device, student, recipe, _viewing(options, data, recipe))
     if run is None:
         resolved = config.to_yaml(
             options,
@@ -221,7 +221,7 @@ def _train_networks(
     run: Run, setting: _Setting, ensemble: Ensemble, names: Sequence[ModelName | None], watch: Stopwatch
 ) -> dict[str, Classifier]:
     """The student and its controls, each from the same weights, order and views."""
-    val_logits = ensemble.all_logits(setting.data.val.to(setting.device))
+    val_logits = ensemble.all_logits(setting.data.val)
     stored: dict[int, Tensor] = {}
     networks = {}
     for name in ["student", *setting.options.controls]:
@@ -246,7 +246,7 @@ def _train_networks(
                 if n is not None
             ]
             own = replace(ensemble, teachers=others).to(setting.device)
-            own_val, own_stored = own.all_logits(setting.data.val.to(setting.device)), {}
+            own_val, own_stored = own.all_logits(setting.data.val), {}
         objective = _objective(name, own, own_val, own_stored, setting)
         networks[name] = _train(name, objective, setting, run)
         watch.lap(name)
@@ -255,8 +255,7 @@ def _train_networks(
 
 def _best_alone(ensemble: Ensemble, val_logits: Tensor, setting: _Setting) -> Ensemble:
     """The same teachers with all weight on the one of the highest validation accuracy."""
-    labels = setting.data.val.known_labels.to(val_logits.device)
-    accuracies = (val_logits.argmax(dim=2) == labels).double().mean(dim=1)
+    accuracies = (val_logits.argmax(dim=2) == setting.data.val.known_labels).double().mean(dim=1)
     best = int(accuracies.argmax())
     log.info("best teacher on the validation split: %s", ensemble.teachers[best].label)
     weights = torch.zeros_like(ensemble.weights)
@@ -267,7 +266,7 @@ def _best_alone(ensemble: Ensemble, val_logits: Tensor, setting: _Setting) -> En
 def _objective(
     name: str, ensemble: Ensemble, val_logits: Tensor, stored: dict[int, Tensor], setting: _Setting
 ) -> Objective:
-    train, viewing = setting.data.train.to(setting.device), setting.viewing
+    train, viewing = setting.data.train, setting.viewing
     alone = name == "labels"
     targets = StoredTargets(ensemble, train, viewing, stored) if viewing.count else LiveTargets(ensemble)
     return Objective(
@@ -308,7 +307,7 @@ def _conclude(
     run: Run, setting: _Setting, ensemble: Ensemble, networks: dict[str, Classifier], watch: Stopwatch
 ) -> dict[str, Any]:
     """Measure everything on the test split, once, and write what the run leaves."""
-    test = setting.data.test.to(setting.device)
+    test = setting.data.test
     stacked = ensemble.all_logits(test)
     members = {teacher.label: teacher.classifier for teacher in ensemble.teachers}
     metrics, logits = compare(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -137,7 +138,7 @@ def fit(
     if recipe.init == "unit-variance":
         _initialise(model, train, seed)
     history = []
-    with progress(description, recipe.epochs * steps_an_epoch) as advance, torch.random.fork_rng():
+    with progress(description, recipe.epochs * steps_an_epoch) as advance, _own_random_state(device):
         torch.manual_seed(seed)  # dropout; everything else has its own hash
         stepper = _Stepper(model, recipe, steps_an_epoch, advance)
         for epoch in range(recipe.epochs):
@@ -163,9 +164,14 @@ def fit(
     return history
 
 
+def _own_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """Global generators are seeded inside, and left as they were."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
 def _initialise(model: Classifier, train: Images, seed: int) -> None:
     first = views.order(seed, 0, len(train), train.pixels.device)[:_INIT_BATCH]
-    with torch.random.fork_rng():
+    with _own_random_state(train.pixels.device):
         torch.manual_seed(seed)
         unit_variance(model.net, model.card.preprocess(train.pixels[first]))
 

@@ -75,10 +75,8 @@ def _build(
         if is_file(name.weights):
             path = Path(str(name.weights)).expanduser()
             fill(net, read_tensors(path), path)
-    if pre.channels != channels and not sketch:
-        log.info(
-            "%s takes %s: the %s images are converted", name.label, _colour(pre.channels), _colour(channels)
-        )
+    if not sketch:
+        _say_conversion(pre.channels, data, name.label)
     card = Card(name.canonical, form, pre, data.classes, data.name)
     return Classifier(net, card, pretrained=loaded is not None or is_file(name.weights))
 
@@ -108,6 +106,7 @@ def for_data(classifier: Classifier, data: Dataset, label: str) -> Classifier:
     """
     own, wanted = classifier.classes, data.classes
     if own == wanted:
+        _say_conversion(classifier.card.preprocess.channels, data, label)
         return classifier
     both = f"its classes: {listing(own)}; those of {data.name}: {listing(wanted)}"
     if len(own) != len(wanted):
@@ -119,6 +118,11 @@ def for_data(classifier: Classifier, data: Dataset, label: str) -> Classifier:
     raise ModelError(
         what, both, f"train it on this data: ekd train {classifier.card.model} --data {data.name}"
     )
+
+
+def _say_conversion(takes: int, data: Dataset, label: str) -> None:
+    if takes != data.channels:
+        log.info("%s takes %s: the %s images are converted", label, _colour(takes), _colour(data.channels))
 
 
 def _colour(channels: int) -> str:

@@ -266,7 +266,7 @@ def accepts(name: ModelName, *, num_classes: int, channels: int, size: int, form
         if name.library == "py" and device == "meta":
             continue  # a user's code need not run without data
         try:
-            with torch.random.fork_rng(), torch.device(device), torch.no_grad():
+            with torch.random.fork_rng(devices=[]), torch.device(device), torch.no_grad():
                 net = build(name, num_classes=num_classes, channels=channels, size=size, form=form).eval()
                 # torchvision's networks take three channels, whatever is asked for.
                 took = 3 if name.library == "tv" else channels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import re
@@ -42,8 +43,7 @@ class Run:
         Raises:
             RunError: the folder holds something already, and `overwrite` is not given.
         """
-        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        folder = out or RUNS / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name).strip('-')}-{stamp}"
+        folder = out or _new_folder(name)
         run = cls(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             run._make_room(overwrite)
@@ -188,6 +188,14 @@ class Run:
         tensors = safetensors.torch.load(path.read_bytes())
         labels = tensors.pop("labels")
         return {name.removeprefix("logits/"): values for name, values in tensors.items()}, labels
+
+
+def _new_folder(name: str) -> Path:
+    """A folder in `runs/` that does not exist yet, with the time in its name."""
+    readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-")
+    base = RUNS / f"{readable}-{datetime.now():%Y%m%d-%H%M%S}"
+    copies = (base.with_name(f"{base.name}-{number}") for number in itertools.count(2))
+    return next(folder for folder in itertools.chain([base], copies) if not folder.exists())
 
 
 def network_file(name: str) -> str:

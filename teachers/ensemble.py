@@ -60,7 +60,7 @@ class Teacher:
         depends_on = {
             "teacher": self.fingerprint,
             "card": self.classifier.card.to_json() | {"data": None},
-            "images": images.digest(),
+            "images": images.digest,
             "view": None if viewing is None or policy == "none" else (policy, viewing.seed, view_id),
         }
         logits = through_store(

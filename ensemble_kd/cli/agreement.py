@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
-from ensemble_kd.cli.options import emit, hint_next, verb
+from ensemble_kd.cli.options import emit, verb
 from ensemble_kd.schema import AgreementOptions
 
 _FLAGS = ("run", "models", "data", "data_root", "split", "image_size", "seed", "device", "offline", "out")
@@ -18,4 +19,4 @@ def analyze_agreement(given: dict[str, Any], config: Path | None, sets: list[str
 
     result = run(given.pop("run", None), config_file=config, sets=sets, **given)
     emit(as_json, {"folder": str(result.folder), **result.numbers}, result.table())
-    hint_next(f"open {result.folder / 'agreement.png'}", f"read {result.folder / 'agreement.json'}")
+    print(f"\npicture and numbers: {result.folder / 'agreement.png'}, agreement.json", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,9 +76,9 @@ def _show(result: DistillResult, as_json: bool) -> None:
     from ensemble_kd.tables import metrics_table
 
     emit(as_json, {"run": str(result.folder), **result.metrics}, metrics_table(result.metrics))
-    seconds = result.metrics["seconds"]
+    took = sum(result.metrics["seconds"].values())
+    print(f"\ntook {took:.0f} s; curves in {result.folder / 'curves.png'}", file=sys.stderr)
     hint_next(
-        f"ekd analyze-agreement {result.folder}",
-        f"ekd evaluate {result.folder} --data {result.metrics['data']}",
-        f"open {result.folder / 'curves.png'}   (took {sum(seconds.values()):.0f} s)",
+        ["ekd", "analyze-agreement", result.folder],
+        ["ekd", "evaluate", result.folder / "student.safetensors", "--data", result.metrics["data"]],
     )

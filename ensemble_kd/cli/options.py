@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -145,6 +146,7 @@ def emit(as_json: bool, value: Any, text: str) -> None:
         print(text)
 
 
-def hint_next(*commands: str) -> None:
-    """The next commands to try, on stderr."""
-    print("\nnext:\n" + "\n".join(f"  {command}" for command in commands), file=sys.stderr)
+def hint_next(*commands: Sequence[object]) -> None:
+    """The next commands to try, on stderr, quoted for a shell."""
+    lines = ("  " + shlex.join(str(word) for word in command) for command in commands)
+    print("\nnext:", *lines, sep="\n", file=sys.stderr)

@@ -38,7 +38,8 @@ def train(given: dict[str, Any], config: Path | None, sets: list[str], as_json: 
 
     result = run(given.pop("model", None), config_file=config, sets=sets, **given)
     emit(as_json, {"run": str(result.folder), **result.metrics}, metrics_table(result.metrics))
+    data = ["--data", result.metrics["data"]]
     hint_next(
-        f"ekd distill --teachers {result.folder} --student lenet --data {result.metrics['data']}",
-        f"ekd evaluate {result.folder} --data {result.metrics['data']}",
+        ["ekd", "distill", "--teachers", result.folder, "--student", "lenet", *data],
+        ["ekd", "evaluate", result.folder, *data],
     )

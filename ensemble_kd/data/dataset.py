@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from sklearn.model_selection import train_test_split
@@ -36,6 +37,7 @@ class Images:
         labels = None if self.labels is None else self.labels.to(device)
         return Images(self.pixels.to(device), labels, self.ids.to(device))
 
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of pixels, labels and ids."""
         digest = hashlib.sha256()
@@ -89,9 +91,13 @@ class Dataset:
         """The shorter side of the images in pixels."""
         return int(min(self.train.pixels.shape[2:]))
 
+    def to(self, device: torch.device | str) -> Dataset:
+        """The same data on another device."""
+        return replace(self, train=self.train.to(device), val=self.val.to(device), test=self.test.to(device))
+
     def fingerprint(self) -> str:
         """SHA-256 of classes, pixels, labels and splits: equal exactly when the data are equal."""
-        digests = [split.digest() for split in (self.train, self.val, self.test)]
+        digests = [split.digest for split in (self.train, self.val, self.test)]
         return hashlib.sha256(repr((self.classes, digests)).encode()).hexdigest()
 
     def mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
