@@ -116,9 +116,9 @@ def analyze_agreement(
 
 
 def _predict_all(chosen: AgreementOptions) -> tuple[dict[str, np.ndarray], np.ndarray, str, str]:
-    if chosen.run is not None or len(chosen.models) < 2:
+    if chosen.run is not None or len(set(chosen.models)) < max(2, len(chosen.models)):
         raise ConfigError(
-            "models: name two or more, and no run beside them",
+            "models: name two or more, each once, and no run beside them",
             "pairs of models are compared",
             "say --models a,b --data NAME, or a run folder alone",
         )

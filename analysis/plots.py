@@ -18,7 +18,8 @@ def draw_heat_maps(matrices: Mapping[str, np.ndarray], names: Sequence[str], pat
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    side = 1.8 + 0.75 * len(names)
+    shown = [shorten(name) for name in names]
+    side = 1.8 + 0.75 * len(names) + 0.08 * max(map(len, shown))
     figure = Figure(figsize=(side * len(matrices) + 1, side), layout="constrained")
     FigureCanvasAgg(figure)
     with mpl.rc_context({"text.parse_math": False}):  # a name such as x$\\frac$ stays text
@@ -32,8 +33,8 @@ def draw_heat_maps(matrices: Mapping[str, np.ndarray], names: Sequence[str], pat
                 annot=True,
                 fmt=".2f",
                 square=True,
-                xticklabels=list(names),
-                yticklabels=list(names),
+                xticklabels=shown,
+                yticklabels=shown,
                 ax=axis,
             )
             axis.set_title(title)
@@ -41,3 +42,9 @@ def draw_heat_maps(matrices: Mapping[str, np.ndarray], names: Sequence[str], pat
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=110)
     files.write_bytes(path, buffer.getvalue())
+
+
+def shorten(name: str, length: int = 30) -> str:
+    """A name cut in the middle, so that its beginning and its end can still be told."""
+    half = (length - 1) // 2
+    return name if len(name) <= length else f"{name[:half]}…{name[-half:]}"

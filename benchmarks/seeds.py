@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--teacher-seeds", action="store_true")
     parser.add_argument("options", nargs="*")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     log_to_stderr()
     runs, seconds = [], []
     for seed in map(int, arguments.seeds.split(",")):

@@ -120,9 +120,10 @@ class Classifier(nn.Module):
         return self.eval()
 
     def fingerprint(self) -> str:
-        """SHA-256 of all parameters and buffers with their names."""
+        """SHA-256 of all parameters and buffers with their names, also of buffers that are not saved."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.net.state_dict().items()):
+        named = {**dict(self.net.named_buffers()), **self.net.state_dict()}
+        for name, tensor in sorted(named.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(flat.numpy().data)

@@ -145,18 +145,20 @@ def fit(
             started, rate = time.perf_counter(), stepper.rate
             measured = _train_epoch(model, train, recipe, objective, viewing, epoch, seed, stepper)
             seconds = time.perf_counter() - started
-            if not math.isfinite(measured["loss"]):
-                raise _diverged(description, measured["loss"], epoch, recipe)
             if epoch == recipe.epochs - 1:
                 stepper.take_average()
+            validated = _validate(model, val, objective)
+            for loss in (measured["loss"], validated["loss"]):
+                if not math.isfinite(loss):
+                    raise _diverged(description, loss, epoch, recipe)
             row = {
                 "epoch": epoch + 1,
                 "step": (epoch + 1) * steps_an_epoch,
                 "train": measured,
-                "val": _validate(model, val, objective),
+                "val": validated,
                 "lr": rate,
                 "seconds": seconds,
-                "images_per_second": steps_an_epoch * recipe.batch_size / seconds,
+                "images_per_second": steps_an_epoch * min(recipe.batch_size, len(train)) / seconds,
             }
             history.append(row)
             _tell(description, recipe.epochs, row, advance)

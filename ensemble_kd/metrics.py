@@ -44,7 +44,8 @@ def per_sample(
     log_q = torch.log_softmax(logits.double(), dim=1)
     values = {"accuracy": correct(logits, labels).double()}
     if logits.shape[1] > 5:
-        top5 = logits.topk(5, dim=1).indices
+        # Stable, so that in a tie the class that argmax names is among the five.
+        top5 = logits.argsort(dim=1, descending=True, stable=True)[:, :5]
         values["top5"] = (top5 == labels[:, None]).any(dim=1).double()
     values["nll"] = -log_q.gather(1, labels[:, None]).squeeze(1)
     if target is not None:
@@ -90,7 +91,10 @@ def measure(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Measure]:
-    """All measures of `per_sample` and `ece`, each with a percentile bootstrap interval."""
+    """All measures of `per_sample` and `ece`, each with a percentile bootstrap interval.
+
+    Resampling adds to the upward bias of the ECE, so its interval can lie above its value.
+    """
     samples = per_sample(logits, labels, target)
     measures = {
         name: bootstrap_mean(values, resamples=resamples, seed=seed) for name, values in samples.items()

@@ -88,12 +88,14 @@ class Run:
 
     @classmethod
     def newest(cls) -> Run:
-        """The run in `runs/` that finished last.
+        """The run of `distill` in `runs/` that finished last.
 
         Raises:
             RunError: there is none.
         """
-        finished = [p for p in RUNS.glob("*/metrics.json") if (p.parent / "status.json").is_file()]
+        finished = [
+            p for p in RUNS.glob("*/metrics.json") if (p.parent / "predictions.safetensors").is_file()
+        ]
         if not finished:
             raise RunError(
                 f"no finished run in {RUNS}/",

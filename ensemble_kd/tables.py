@@ -6,6 +6,11 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from ensemble_kd.results import verdict
 
 _COLUMNS = {
@@ -22,21 +27,21 @@ _SHARES = ("accuracy", "top5", "agreement")
 
 def text_table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> str:
     """Left-aligned first column, right-aligned others, as wide as it needs to be."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(
         title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
     )
     for number, header in enumerate(headers):
         table.add_column(Text(header), justify="left" if number == 0 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # Text: names are never read as markup
+        table.add_row(*(_plain(cell) for cell in row))
     buffer = io.StringIO()
     Console(file=buffer, width=1000, color_system=None).print(table)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()).strip("\n")
+
+
+def _plain(cell: str) -> Text:
+    """Text, so that a name is never read as markup, and on one line whatever is in it."""
+    return Text("".join(c if c.isprintable() else "\ufffd" for c in cell))
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 from sklearn.metrics import cohen_kappa_score
+from support import refused
 
 from ensemble_kd.analysis.agreement import CELLS, Agreement, analyze_agreement, compare_pair, matrix
 from ensemble_kd.analysis.plots import draw_heat_maps
@@ -239,13 +240,13 @@ def test_the_newest_finished_run_is_taken(
 
 def test_without_any_run_it_says_how_to_make_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RunError) as caught:
+    with refused(
+        RunError,
+        "no finished run in runs/",
+        "none was named, and the newest is taken from there",
+        "name a run folder, or make one: ekd distill --teachers resnet18,vgg16 --student lenet",
+    ):
         analyze_agreement()
-    assert str(caught.value) == (
-        "no finished run in runs/\n"
-        "  why: none was named, and the newest is taken from there\n"
-        "  fix: name a run folder, or make one: ekd distill --teachers resnet18,vgg16 --student lenet"
-    )
 
 
 def test_an_unfinished_run_is_refused(finished: DistillResult, tmp_path: Path) -> None:
@@ -285,13 +286,13 @@ def test_a_model_alone_or_twice_is_refused(
 
 
 def test_a_run_and_models_together_are_refused(finished: DistillResult, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with refused(
+        ConfigError,
+        "models: name two or more, each once, and no run beside them",
+        "pairs of models are compared",
+        "say --models a,b --data NAME, or a run folder alone",
+    ):
         analyze_agreement(finished.folder, models="lenet,resnet8", out=tmp_path)
-    assert str(caught.value) == (
-        "models: name two or more, and no run beside them\n"
-        "  why: pairs of models are compared\n"
-        "  fix: say --models a,b --data NAME, or a run folder alone"
-    )
 
 
 # Names that mean something to rich or to matplotlib

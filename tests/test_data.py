@@ -161,7 +161,18 @@ NOISE = gzip.compress(np.random.default_rng(0).bytes(31376))
         (".gz", flipped(gzip.compress(WHOLE), 12)),
         (".gz", flipped(NOISE, len(NOISE) // 2)),
     ],
-    ids="empty head short long floats html not-gzip gzip-short gzip-bad-block gzip-bad-sum".split(),
+    ids=[
+        "empty",
+        "head",
+        "short",
+        "long",
+        "floats",
+        "html",
+        "not-gzip",
+        "gzip-short",
+        "gzip-bad-block",
+        "gzip-bad-sum",
+    ],
 )
 def test_a_damaged_idx_file_is_named(tmp_path, suffix, content):
     write_idx(tmp_path, suffix)
@@ -226,7 +237,9 @@ def test_offline_nothing_is_downloaded(tmp_path, download, source, name, files):
         load_data(source, root=tmp_path, offline=True)
 
 
-@pytest.mark.parametrize("error", [URLError("no route to host"), RuntimeError("File not found or corrupted.")])
+@pytest.mark.parametrize(
+    "error", [URLError("no route to host"), RuntimeError("File not found or corrupted.")]
+)
 @pytest.mark.parametrize(("source", "name", "files"), ABSENT)
 def test_a_failed_download_says_what_to_put_where(tmp_path, download, source, name, files, error):
     def fail(self):
@@ -253,9 +266,7 @@ def test_what_was_downloaded_is_read(tmp_path, download):
 def write_cifar(root: Path, monkeypatch: pytest.MonkeyPatch, name: str, classes: int) -> np.ndarray:
     """Small pickles in torchvision's layout, whose MD5 sums torchvision is told; returns the test pixels."""
     cls = getattr(torchvision.datasets, name)
-    labels, names = (
-        ("labels", "label_names") if name == "CIFAR10" else ("fine_labels", "fine_label_names")
-    )
+    labels, names = ("labels", "label_names") if name == "CIFAR10" else ("fine_labels", "fine_label_names")
     meta_file = "batches.meta" if name == "CIFAR10" else "meta"
     files = ("data_batch_1", "data_batch_2", "test_batch") if name == "CIFAR10" else ("train", "test")
     folder = root / cls.base_folder
@@ -278,7 +289,8 @@ def write_cifar(root: Path, monkeypatch: pytest.MonkeyPatch, name: str, classes:
 
 
 @pytest.mark.parametrize(
-    ("source", "name", "classes", "train"), [("cifar10", "CIFAR10", 10, 60), ("cifar100", "CIFAR100", 100, 300)]
+    ("source", "name", "classes", "train"),
+    [("cifar10", "CIFAR10", 10, 60), ("cifar100", "CIFAR100", 100, 300)],
 )
 def test_cifar_is_read_through_torchvision(tmp_path, monkeypatch, source, name, classes, train):
     test_pixels = write_cifar(tmp_path, monkeypatch, name, classes)
@@ -304,7 +316,7 @@ class Payload:
 def test_a_cifar_file_with_another_md5_is_never_unpickled(tmp_path, monkeypatch):
     write_cifar(tmp_path, monkeypatch, "CIFAR10", 10)
     payload = pickle.dumps(Payload(tmp_path / "ran"))
-    pickle.loads(payload)  # the payload works: the test would notice
+    pickle.loads(payload)  # noqa: S301 - the payload works: the test would notice
     (tmp_path / "ran").unlink()
     (tmp_path / "cifar-10-batches-py" / "data_batch_2").write_bytes(payload)
     with pytest.raises(DataError, match="CIFAR10"):
@@ -396,9 +408,7 @@ def with_label(data: Dataset, part: str) -> Dataset:
 def with_a_sample_moved(data: Dataset) -> Dataset:
     """The first validation sample becomes the last of the training split."""
     first, rest = data.val[torch.tensor([0])], data.val[torch.arange(1, len(data.val))]
-    fields = [
-        torch.cat([getattr(data.train, f), getattr(first, f)]) for f in ("pixels", "labels", "ids")
-    ]
+    fields = [torch.cat([getattr(data.train, f), getattr(first, f)]) for f in ("pixels", "labels", "ids")]
     return replace(data, train=Images(*fields), val=rest)
 
 

@@ -62,6 +62,12 @@ def test_a_run_folder_and_a_file_in_it_are_read_as_files(tmp_path, folder):
         assert name.label == folder
 
 
+def test_a_run_folder_may_lie_below_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").mkdir()
+    assert parse("~/run").library == "file"
+
+
 @pytest.mark.parametrize(("text", "library"), [("lenet", "own"), ("resnet18", "timm"), ("alexnet", "tv")])
 def test_a_folder_with_the_name_of_a_network_does_not_hide_it(tmp_path, monkeypatch, text, library):
     monkeypatch.chdir(tmp_path)
@@ -71,7 +77,10 @@ def test_a_folder_with_the_name_of_a_network_does_not_hide_it(tmp_path, monkeypa
 
 
 def test_a_name_in_both_libraries_is_timms_and_says_so():
-    assert parse("vgg16").note == "vgg16 is in timm and in torchvision: timm's is taken (tv:vgg16 names the other)"
+    assert (
+        parse("vgg16").note
+        == "vgg16 is in timm and in torchvision: timm's is taken (tv:vgg16 names the other)"
+    )
     for text in ("timm:vgg16", "tv:vgg16", "vit_tiny_patch16_224", "alexnet", "lenet"):
         assert parse(text).note == ""
 
@@ -613,6 +622,14 @@ def test_torchvision_takes_rgb_and_says_that_grey_is_converted(digits):
     pre = classifier.card.preprocess
     assert (pre.channels, pre.mean) == (3, digits.mean_and_std()[0] * 3)
     assert classifier.eval()(digits.test.pixels[:2]).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", ["lenet", "resnet18", "tv:regnet_y_400mf"])
+def test_a_sketch_tells_all_but_the_weights(digits, name):
+    sketch, whole = (new_classifier(parse(name), digits, sketch=sketch) for sketch in (True, False))
+    assert sketch.card == whole.card
+    assert sketch.parameter_count == whole.parameter_count
+    assert sketch.byte_count == whole.byte_count
 
 
 def test_networks_that_take_grey_convert_nothing_and_log_nothing(digits):

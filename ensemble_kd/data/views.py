@@ -81,6 +81,6 @@ def view(
     padded = F.pad(images, (pad, pad, pad, pad))
     # One gather over flattened pixels: on a CPU five times faster than indexing by rows and columns.
     count, channels = images.shape[:2]
-    pixels = (rows[:, :, None] * (width + 2 * pad) + columns[:, None, :]).view(count, 1, -1)
+    pixels = (rows[:, :, None] * (width + 2 * pad) + columns[:, None, :]).view(count, 1, height * width)
     picked = padded.flatten(2).gather(2, pixels.expand(-1, channels, -1))
     return picked.view(count, channels, height, width)
