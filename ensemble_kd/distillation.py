@@ -27,6 +27,7 @@ from ensemble_kd.results import compare, confident_logits
 from ensemble_kd.runs import Run, Stopwatch, surroundings
 from ensemble_kd.schema import DistillOptions
 from ensemble_kd.teachers.ensemble import Ensemble, LiveTargets, StoredTargets, Teacher
+from ensemble_kd.teachers.library import recipe_of
 from ensemble_kd.teachers.registry import can_be_trained, load_teacher
 
 DEFAULT_TEMPERATURE = 4.0
@@ -108,7 +109,7 @@ def resume(folder: str | Path) -> DistillResult:
             f"look at it: ekd analyze-agreement {folder}",
         )
     options = config.resolve(DistillOptions, {}, file=run.path("config.yaml"))
-    run.set_state("running")
+    run.go_on()
     return _distill(options, {}, None, run)
 
 
@@ -338,6 +339,7 @@ def _conclude(
                 "origin": t.origin,
                 "before": t.fingerprint,
                 "after": unchanged[t.label],
+                "recipe": recipe_of(Path(t.origin)),
                 "preprocess": t.classifier.card.to_json()["preprocess"],
             }
             for t in ensemble.teachers

@@ -112,6 +112,13 @@ class Run:
         """`state`, and the `networks` that are finished, by name, with file and hash."""
         return files.read_json(self.path("status.json"))
 
+    def go_on(self) -> None:
+        """Ready the folder for the rest of its work: rows of unfinished networks leave the history."""
+        finished = self.status()["networks"]
+        rows = [row for row in self.history() if row["network"] in finished]
+        files.write_text(self.path("history.jsonl"), "".join(files.json_line(row) for row in rows))
+        self.set_state("running")
+
     def set_state(self, state: str) -> None:
         """Note whether the run is running, stopped or finished."""
         status = self.status() if self.path("status.json").is_file() else {"networks": {}}

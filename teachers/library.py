@@ -57,6 +57,12 @@ def kept() -> list[dict[str, Any]]:
     return rows
 
 
+def recipe_of(folder: Path) -> dict[str, Any] | None:
+    """The recipe of a kept teacher; None for a teacher that was not trained here."""
+    facts = folder / "teacher.json"
+    return files.read_json(facts)["made_from"]["recipe"] if facts.is_file() else None
+
+
 def history_of(folder: Path) -> list[dict[str, Any]]:
     """The rows of a kept teacher's training; none for a teacher that was not trained here."""
     facts = folder / "teacher.json"
