@@ -102,6 +102,12 @@ def resume(folder: str | Path) -> DistillResult:
         RunError: the folder is no run, or the run is finished.
     """
     run = Run.open(Path(folder))
+    if run.status()["verb"] != "distill":
+        raise RunError(
+            f"{folder} is a run of `ekd train`",
+            "it trains one network, which starts again from the beginning",
+            f"repeat it: ekd train --config {run.path('config.yaml')} --out {folder} --overwrite",
+        )
     if run.status()["state"] == "finished":
         raise RunError(
             f"{folder} is finished",
@@ -141,7 +147,8 @@ def _distill(
             out=None,
             overwrite=False,
         )
-        run = Run.create(options.out, f"{options.data}-{options.student}", options.overwrite, resolved)
+        name = f"{options.data}-{options.student}"
+        run = Run.create("distill", options.out, name, options.overwrite, resolved)
     log.info("run folder %s", run.folder)
     watch.lap("data")
     with run.working():
@@ -235,23 +242,19 @@ def _train_networks(
         if name == "best-teacher":
             own = _best_alone(ensemble, val_logits, setting)
         elif name == "independent":
-            others = [
-                _teacher(
-                    replace(
-                        n, seed=(setting.options.teacher_seed if n.seed is None else n.seed) + OTHER_SEEDS
-                    ),
-                    setting,
-                    0,
-                )
-                for n in names
-                if n is not None
-            ]
-            own = replace(ensemble, teachers=others).to(setting.device)
+            own = replace(ensemble, teachers=_of_other_seeds(names, setting)).to(setting.device)
             own_val, own_stored = own.all_logits(setting.data.val), {}
         objective = _objective(name, own, own_val, own_stored, setting)
         networks[name] = _train(name, objective, setting, run)
         watch.lap(name)
     return networks
+
+
+def _of_other_seeds(names: Sequence[ModelName | None], setting: _Setting) -> list[Teacher]:
+    """Teachers of the same names and other seeds."""
+    default = setting.options.teacher_seed
+    seeds = [(name, default if name.seed is None else name.seed) for name in names if name is not None]
+    return [_teacher(replace(name, seed=seed + OTHER_SEEDS), setting, seed) for name, seed in seeds]
 
 
 def _best_alone(ensemble: Ensemble, val_logits: Tensor, setting: _Setting) -> Ensemble:

@@ -37,8 +37,8 @@ class Run:
     folder: Path
 
     @classmethod
-    def create(cls, out: Path | None, name: str, overwrite: bool, config: str) -> Run:
-        """A new run folder with its config.yaml.
+    def create(cls, verb: str, out: Path | None, name: str, overwrite: bool, config: str) -> Run:
+        """A new run folder of `distill` or `train`, with its config.yaml.
 
         Raises:
             RunError: the folder holds something already, and `overwrite` is not given.
@@ -54,7 +54,7 @@ class Run:
             raise RunError(
                 f"cannot write to {folder}", str(error.strerror), "name another folder: --out PATH"
             ) from error
-        run.set_state("running")
+        files.write_json(run.path("status.json"), {"verb": verb, "state": "running", "networks": {}})
         return run
 
     def _make_room(self, overwrite: bool) -> None:
@@ -63,7 +63,8 @@ class Run:
             for name in ("history.jsonl", "metrics.json", "manifest.json", "status.json", "train.log"):
                 (self.folder / name).unlink(missing_ok=True)
             return
-        if known and self.status()["state"] != "finished":
+        status = self.status() if known else {}
+        if known and status["state"] != "finished" and status["verb"] == "distill":
             fix = f"go on with it: ekd resume {self.folder}   (or replace it: --overwrite)"
         elif known:
             fix = "replace it with --overwrite, or name another folder: --out PATH"
@@ -109,7 +110,7 @@ class Run:
         return self.folder / name
 
     def status(self) -> dict[str, Any]:
-        """`state`, and the `networks` that are finished, by name, with file and hash."""
+        """`verb`, `state`, and the `networks` that are finished, by name, with file and hash."""
         return files.read_json(self.path("status.json"))
 
     def go_on(self) -> None:
@@ -121,8 +122,7 @@ class Run:
 
     def set_state(self, state: str) -> None:
         """Note whether the run is running, stopped or finished."""
-        status = self.status() if self.path("status.json").is_file() else {"networks": {}}
-        files.write_json(self.path("status.json"), {**status, "state": state})
+        files.write_json(self.path("status.json"), {**self.status(), "state": state})
 
     @contextmanager
     def working(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from ensemble_kd.names import label_of
 
 AUGMENT = Literal["auto", "none", "crop", "crop-flip"]
 CONTROLS = ("labels", "best-teacher", "independent")
+RESERVED = {"student", "ensemble", *CONTROLS}
 
 
 def _split_list(value: Any) -> Any:
@@ -182,30 +183,7 @@ class DistillOptions(RunOptions):
     def cross_checks(self) -> list[tuple[set[str], Problem]]:
         """See `Options.cross_checks`."""
         labels = [label_of(name) for name in self.teachers]
-        found: list[tuple[set[str], Problem]] = []
-        if not labels:
-            found.append(
-                (
-                    {"teachers"},
-                    Problem(
-                        "no teachers are named",
-                        "there is nothing to distil from",
-                        "say --teachers resnet18,vgg16",
-                    ),
-                )
-            )
-        for label in [label for label, count in Counter(labels).items() if count > 1]:
-            base = label.partition("#")[0]
-            found.append(
-                (
-                    {"teachers"},
-                    Problem(
-                        f"teacher {label!r} is named twice",
-                        "the same network twice teaches nothing new",
-                        f"leave one out, or give each its own seed: {base}#1,{base}#2",
-                    ),
-                )
-            )
+        found = [({"teachers"}, problem) for problem in self._check_teachers(labels)]
         found += [({"weights", "teachers"}, problem) for problem in self._check_weights(labels)]
         for option, table, extra in (
             ("temperature", self.temperature, ["student"]),
@@ -226,6 +204,42 @@ class DistillOptions(RunOptions):
                     )
                 )
         return found
+
+    def _check_teachers(self, labels: Sequence[str]) -> list[Problem]:
+        problems = []
+        if not labels:
+            problems.append(
+                Problem(
+                    "no teachers are named",
+                    "there is nothing to distil from",
+                    "say --teachers resnet18,vgg16",
+                )
+            )
+        for label in sorted(RESERVED.intersection(labels)):
+            problems.append(
+                Problem(
+                    f"a teacher cannot be called {label!r}",
+                    "tables and files of the run use that name",
+                    "rename its folder or file",
+                )
+            )
+        for label in [label for label, count in Counter(labels).items() if count > 1]:
+            base = label.partition("#")[0]
+            same = len({name for name in self.teachers if label_of(name) == label}) == 1
+            problems.append(
+                Problem(
+                    f"teacher {label!r} is named twice",
+                    "the same network twice teaches nothing new",
+                    f"leave one out, or give each its own seed: {base}#1,{base}#2",
+                )
+                if same
+                else Problem(
+                    f"two teachers are called {label!r}",
+                    "tables and options tell teachers apart by that name",
+                    "rename one of the folders or files",
+                )
+            )
+        return problems
 
     def _check_weights(self, labels: Sequence[str]) -> list[Problem]:
         if self.weights is None or not labels:

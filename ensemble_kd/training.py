@@ -63,6 +63,7 @@ def train(
     data = load_data(**chosen.load_arguments())
     policy = data.augment if chosen.augment == "auto" else chosen.augment
     run = Run.create(
+        "train",
         chosen.out,
         f"{chosen.data}-{name.label}",
         chosen.overwrite,

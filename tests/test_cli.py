@@ -64,7 +64,9 @@ def test_the_main_road_as_a_user_walks_it(tmp_path):
 
 
 def test_json_is_one_object_and_nothing_else_on_stdout(tmp_path):
-    result = ekd("distill", "--teachers", "lenet", *QUICK, "--controls", "none", "--json", "--out", tmp_path / "r")
+    result = ekd(
+        "distill", "--teachers", "lenet", *QUICK, "--controls", "none", "--json", "--out", tmp_path / "r"
+    )
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["run"] == str(tmp_path / "r")
 
@@ -78,7 +80,9 @@ def test_quiet_says_nothing_but_the_result(tmp_path):
 def test_repeated_teachers_are_the_same_as_commas(tmp_path):
     both = [
         ekd("distill", *names, *QUICK, "--controls", "none", "--json", "--out", tmp_path / str(i))
-        for i, names in enumerate((["--teachers", "lenet,resnet8"], ["--teachers", "lenet", "--teachers", "resnet8"]))
+        for i, names in enumerate(
+            (["--teachers", "lenet,resnet8"], ["--teachers", "lenet", "--teachers", "resnet8"])
+        )
     ]
     first, second = (json.loads(result.stdout)["models"] for result in both)
     assert first == second
@@ -134,6 +138,16 @@ WRONG = {
         ["--teachers", "resnet18,resnet18"],
         "error: teacher 'resnet18' is named twice\n  why: the same network twice teaches nothing new\n"
         "  fix: leave one out, or give each its own seed: resnet18#1,resnet18#2\n",
+    ),
+    "two runs of one name": (
+        ["--teachers", "a/run,b/run"],
+        "error: two teachers are called 'run'\n  why: tables and options tell teachers apart by that name\n"
+        "  fix: rename one of the folders or files\n",
+    ),
+    "a teacher under a name of ours": (
+        ["--teachers", "runs/student"],
+        "error: a teacher cannot be called 'student'\n  why: tables and files of the run use that name\n"
+        "  fix: rename its folder or file\n",
     ),
     "temperature not positive": (
         ["--teachers", "lenet", "--temperature", "0"],

@@ -61,7 +61,9 @@ def test_metrics_hold_every_measure_for_every_model_with_an_interval(finished):
 
 def test_metrics_agree_with_the_stored_predictions(finished):
     tensors = safetensors.torch.load_file(finished.folder / "predictions.safetensors")
-    logits = {name.removeprefix("logits/"): t.double().numpy() for name, t in tensors.items() if name != "labels"}
+    logits = {
+        name.removeprefix("logits/"): t.double().numpy() for name, t in tensors.items() if name != "labels"
+    }
     labels = tensors["labels"].numpy()
     softmax = {k: np.exp(z - z.max(1, keepdims=True)) for k, z in logits.items()}
     p = {k: e / e.sum(1, keepdims=True) for k, e in softmax.items()}
@@ -164,9 +166,7 @@ def test_weights_and_temperatures_shape_the_target(tmp_path):
         out=tmp_path / "weighted", **common,
     )  # fmt: skip
     assert weighted.student.fingerprint() == alone.student.fingerprint()
-    own = distill(
-        ["lenet"], "lenet", temperature={"lenet": 2, "student": 5}, out=tmp_path / "own", **common
-    )
+    own = distill(["lenet"], "lenet", temperature={"lenet": 2, "student": 5}, out=tmp_path / "own", **common)
     assert own.student.fingerprint() != alone.student.fingerprint()
 
 
@@ -229,6 +229,17 @@ def test_a_stopped_run_is_resumed_without_training_finished_networks_again(tmp_p
     assert len(Run(tmp_path / "part").history()) == len(Run(tmp_path / "whole").history())
     with pytest.raises(RunError, match="is finished"):
         resume(tmp_path / "part")
+
+
+def test_a_run_of_train_is_not_resumed(tmp_path):
+    folder = ensemble_kd.train("lenet", epochs=1, limit_train=200, out=tmp_path / "t").folder
+    with pytest.raises(RunError) as error:
+        resume(folder)
+    assert str(error.value) == (
+        f"{folder} is a run of `ekd train`\n"
+        "  why: it trains one network, which starts again from the beginning\n"
+        f"  fix: repeat it: ekd train --config {folder / 'config.yaml'} --out {folder} --overwrite"
+    )
 
 
 def test_a_full_folder_is_refused_and_kept(finished, tmp_path):
