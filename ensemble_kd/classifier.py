@@ -25,7 +25,7 @@ class Preprocess:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W), uint8 or float in [0, 1], to float (B, channels, *size), normalised."""
-        x = images.float() / 255 if images.dtype == torch.uint8 else images
+        x = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         x = _convert_channels(x, self.channels)
         if tuple(x.shape[2:]) != self.size:
             shrinks = x.shape[2] > self.size[0] or x.shape[3] > self.size[1]
@@ -40,7 +40,7 @@ def _convert_channels(x: Tensor, channels: int) -> Tensor:
         return x
     if x.shape[1] == 1:
         return x.expand(-1, channels, -1, -1)
-    if channels == 1:
+    if channels == 1 and x.shape[1] == 3:
         from torchvision.transforms.v2.functional import rgb_to_grayscale
 
         return rgb_to_grayscale(x)
@@ -76,11 +76,19 @@ class Card:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Card:
-        """The card whose `to_json` gave `values`."""
+        """The card whose `to_json` gave `values`.
+
+        Raises:
+            ValueError, KeyError, TypeError: they are no card's.
+        """
         pre = values["preprocess"]
-        preprocess = Preprocess(pre["channels"], tuple(pre["size"]), tuple(pre["mean"]), tuple(pre["std"]))
-        rest = {key: values[key] for key in ("model", "form", "data")}
-        return cls(**rest, preprocess=preprocess, classes=tuple(values["classes"]))
+        channels, (height, width) = int(pre["channels"]), pre["size"]
+        mean, std = (tuple(float(value) for value in pre[key]) for key in ("mean", "std"))
+        if len(mean) != channels or len(std) != channels or not all(std):
+            raise ValueError(f"{len(mean)} means and {len(std)} deviations for {channels} channels")
+        preprocess = Preprocess(channels, (int(height), int(width)), mean, std)
+        rest = {key: str(values[key]) for key in ("model", "form", "data")}
+        return cls(**rest, preprocess=preprocess, classes=tuple(map(str, values["classes"])))
 
 
 class Classifier(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
@@ -148,9 +148,7 @@ def fit(
             if epoch == recipe.epochs - 1:
                 stepper.take_average()
             validated = _validate(model, val, objective)
-            for loss in (measured["loss"], validated["loss"]):
-                if not math.isfinite(loss):
-                    raise _diverged(description, loss, epoch, recipe)
+            _check_finite((measured["loss"], validated["loss"]), description, epoch, recipe)
             row = {
                 "epoch": epoch + 1,
                 "step": (epoch + 1) * steps_an_epoch,
@@ -216,12 +214,14 @@ class _Stepper:
             self.model.net.load_state_dict(self.average.module.state_dict())
 
 
-def _diverged(description: str, loss: float, epoch: int, recipe: Recipe) -> TrainingError:
-    return TrainingError(
-        f"{description}: the loss is {loss} in epoch {epoch + 1}",
-        f"the learning rate {recipe.lr:g} is too high, or a teacher's output is not finite",
-        f"try --lr {recipe.lr / 3:.1g}, or --set training.clip_norm=1",
-    )
+def _check_finite(losses: Iterable[float], description: str, epoch: int, recipe: Recipe) -> None:
+    for loss in losses:
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"{description}: the loss is {loss} in epoch {epoch + 1}",
+                f"the learning rate {recipe.lr:g} is too high, or a teacher's output is not finite",
+                f"try --lr {recipe.lr / 3:.1g}, or --set training.clip_norm=1",
+            )
 
 
 def train_on_labels(

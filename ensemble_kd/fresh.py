@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from ensemble_kd import pretrained
 from ensemble_kd.classifier import Card, Classifier, Preprocess, fit_channels
@@ -67,8 +68,7 @@ def _build(
             name, num_classes=classes, channels=channels, image_size=data.image_size, form=form, wanted=size
         )
         empty = sketch and name.library != "py" and not is_file(name.weights)
-        with torch.device("meta") if empty else nullcontext():
-            net = build(name, num_classes=classes, channels=channels, size=side, form=form)
+        net = _net(name, empty, num_classes=classes, channels=channels, size=side, form=form)
         took = 3 if name.library == "tv" else channels
         mean, std = (fit_channels(values, took) for values in data.mean_and_std())
         pre = Preprocess(took, (side, side), mean, std)
@@ -77,8 +77,23 @@ def _build(
             fill(net, read_tensors(path), path)
     if not sketch:
         _say_conversion(pre.channels, data, name.label)
-    card = Card(name.canonical, form, pre, data.classes, data.name)
+    form = "stock" if loaded is not None else form  # published weights need it
+    model = name.canonical
+    if name.library == "hf-hub":  # the card names what can be built without the hub
+        model = f"timm:{net.pretrained_cfg['architecture']}"  # type: ignore[index]
+    card = Card(model, form, pre, data.classes, data.name)
     return Classifier(net, card, pretrained=loaded is not None or is_file(name.weights))
+
+
+def _net(name: ModelName, empty: bool, **facts: Any) -> nn.Module:
+    """The network, without memory if it may be empty and can be."""
+    if empty:
+        try:
+            with torch.device("meta"):
+                return build(name, **facts)
+        except NotImplementedError:
+            pass  # a few networks compute with their first weights
+    return build(name, **facts)
 
 
 def _published(

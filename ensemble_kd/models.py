@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ensemble_kd.errors import ModelError, listing, nearest
 from ensemble_kd.forms import to_small_form
-from ensemble_kd.names import LIBRARIES, label_of, split_seed
+from ensemble_kd.names import LIBRARIES, label_of, split_seed, split_weights
 from ensemble_kd.students import STUDENTS, own_size
 
 SMALL_IMAGE = 64
@@ -83,15 +83,40 @@ def parse(text: str) -> ModelName:
     """
     body, _, digits = split_seed(text)
     seed = int(digits) if digits else None
-    arch, _, weights = body.partition("@")
+    arch, weights = split_weights(body)
     library, colon, rest = arch.partition(":")
     if colon and library in LIBRARIES:
         name = ModelName(text, library, rest, weights or None, seed)
         _check_known(name)
         return name
-    if (body.endswith(".safetensors") and "@" not in body) or Path(body).is_dir():
+    known = arch in STUDENTS or _in_a_library(arch)
+    if not known and (arch.endswith(".safetensors") or Path(body).expanduser().is_dir()):
         return ModelName(text, "file", body, None, seed)
     return replace(_bare(arch), text=text, weights=weights or None, seed=seed)
+
+
+def _in_a_library(arch: str) -> bool:
+    import timm
+
+    return "/" not in arch and (timm.is_model(arch) or arch in tv_names())
+
+
+def check_tag(arch: str) -> None:
+    """Refuse `ARCH.TAG` where timm knows no such tag.
+
+    Raises:
+        ModelError: lists the tags that it knows.
+    """
+    import timm
+
+    base, dot, tag = arch.partition(".")
+    known = [name.partition(".")[2] for name in timm.list_pretrained(base)]
+    if dot and tag not in known:
+        raise ModelError(
+            f"timm has no weights {tag!r} for {base!r}",
+            f"it has {listing(known)}" if known else "it has none",
+            nearest(tag, known) or "name one of these",
+        )
 
 
 def _bare(arch: str) -> ModelName:
@@ -101,6 +126,7 @@ def _bare(arch: str) -> ModelName:
 
     in_timm, in_tv = timm.is_model(arch), arch in tv_names()
     if in_timm:
+        check_tag(arch)
         note = f"{arch} is in timm and in torchvision: timm's is taken (tv:{arch} names the other)"
         return ModelName(arch, "timm", arch, note=note if in_tv else "")
     if in_tv:
@@ -126,6 +152,7 @@ def _check_known(name: ModelName) -> None:
         import timm
 
         if timm.is_model(name.arch):
+            check_tag(name.arch)
             return
         known = timm.list_models()
     elif name.library == "tv":
@@ -232,10 +259,10 @@ def user_object(where: str) -> Any:
     """
     file, _, attribute = where.rpartition(":")
     path = Path(file).expanduser()
-    if not file or not path.is_file():
+    if path.suffix != ".py" or not path.is_file():
         raise ModelError(
             f"py:{where} names no Python file",
-            f"there is no file {file!r}",
+            f"{file!r} does not end in .py" if path.is_file() else f"there is no file {file!r}",
             "write py:path/to/file.py:factory",
         )
     spec = importlib.util.spec_from_file_location(f"ekd_user_{path.stem}", path)
@@ -270,10 +297,13 @@ def accepts(name: ModelName, *, num_classes: int, channels: int, size: int, form
                 net = build(name, num_classes=num_classes, channels=channels, size=size, form=form).eval()
                 # torchvision's networks take three channels, whatever is asked for.
                 took = 3 if name.library == "tv" else channels
-                return tuple(net(torch.zeros(2, took, size, size)).shape) == (2, num_classes)
+                logits = net(torch.zeros(2, took, size, size))
+                return isinstance(logits, Tensor) and tuple(logits.shape) == (2, num_classes)
         except NotImplementedError:
             continue  # an operation without a meta form: run it for real
-        except (RuntimeError, ValueError, AssertionError, IndexError, ZeroDivisionError):
+        except ModelError:
+            raise  # the user's own code cannot be built at all
+        except Exception:  # networks refuse sizes in many ways
             return False
     return False
 
@@ -326,7 +356,8 @@ def choose_size(
         f"it needs at least {smallest}×{smallest}"
         if smallest > wanted
         else "a dry forward at that size failed",
-        f"say {name.label}={smallest}, or leave the size out and the images are resized",
+        f"say --teacher-size {name.label}={smallest} (--student-size {smallest}), "
+        "or leave the size out and the images are resized",
     )
 
 
@@ -338,3 +369,12 @@ def library_size(name: ModelName) -> int:
         config = timm.get_pretrained_cfg(name.arch)
         return int(config.input_size[-1]) if config else 224
     return 299 if name.arch == "inception_v3" else 224
+
+
+def published_count(name: ModelName) -> int | None:
+    """The number of parameters that torchvision publishes for its weights."""
+    if name.library != "tv":
+        return None
+    from torchvision import models
+
+    return next((int(w.meta["num_params"]) for w in models.get_model_weights(name.arch)), None)

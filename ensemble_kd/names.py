@@ -12,7 +12,7 @@ LIBRARIES = ("timm", "tv", "hf-hub", "py")
 def label_of(text: str) -> str:
     """The short name of a model, from its text alone: architecture, factory, file or run, and seed."""
     body, _, seed = split_seed(text)
-    arch = body.partition("@")[0]
+    arch = split_weights(body)[0]
     library, colon, rest = arch.partition(":")
     if colon and library == "py":
         base = rest.rpartition(":")[2]
@@ -29,3 +29,11 @@ def split_seed(text: str) -> tuple[str, str, str]:
     """`resnet18#1` to its name, `#` and `1`; without a seed the last two are empty."""
     match = re.fullmatch(r"(.+)#(\d+)", text.strip())
     return (match[1], "#", match[2]) if match else (text.strip(), "", "")
+
+
+def split_weights(body: str) -> tuple[str, str]:
+    """`resnet18@file.pth` to its two parts; an @ in the path of a run or file belongs to the path."""
+    arch, _, weights = body.partition("@")
+    library, colon, _ = arch.partition(":")
+    is_path = "/" in arch and not (colon and library in LIBRARIES)
+    return (body, "") if is_path else (arch, weights)

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ensemble_kd.errors import ModelError, listing, nearest
-from ensemble_kd.models import ModelName
+from ensemble_kd.classifier import fit_channels
+from ensemble_kd.errors import ModelError, WeightsError, listing, nearest
+from ensemble_kd.models import ModelName, check_tag
+from ensemble_kd.weights import read_tensors
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def at_hand(name: ModelName) -> str:
         import timm
         from huggingface_hub import try_to_load_from_cache
 
-        config = timm.get_pretrained_cfg(name.arch)
+        config = timm.get_pretrained_cfg(_timm_arch(name))
         if config is None or not config.has_weights:
             return "none"
         for file in ("model.safetensors", "pytorch_model.bin"):
@@ -61,9 +63,10 @@ def load(name: ModelName, num_classes: int, channels: int, size: int | None, off
     """
     state = at_hand(name)
     if state == "none":
+        own = name.library in ("own", "py", "file")
         raise ModelError(
             f"{name.label!r} has no published weights",
-            f"{name.library} names none for it",
+            "this project publishes none" if own else f"{name.library} names none for it",
             "leave the weights out, and it is trained from scratch",
         )
     if offline and state != "cached":
@@ -74,7 +77,7 @@ def load(name: ModelName, num_classes: int, channels: int, size: int | None, off
         )
     try:
         return (
-            _load_tv(name, num_classes)
+            _load_tv(name, num_classes, size)
             if name.library == "tv"
             else _load_timm(name, num_classes, channels, size)
         )
@@ -91,32 +94,65 @@ def load(name: ModelName, num_classes: int, channels: int, size: int | None, off
 def _load_timm(name: ModelName, num_classes: int, channels: int, size: int | None) -> Pretrained:
     import timm
 
-    arch = name.arch if name.library == "timm" else f"hf-hub:{name.arch}"
-    if name.library == "timm" and name.weights:
-        arch = f"{arch}.{name.weights}"
+    arch = _timm_arch(name) if name.library == "timm" else f"hf-hub:{name.arch}"
     options: dict[str, Any] = {"num_classes": num_classes, "in_chans": channels, "pretrained": True}
-    config = timm.get_pretrained_cfg(name.arch) if name.library == "timm" else None
+    config = timm.get_pretrained_cfg(arch) if name.library == "timm" else None
     if size is not None and config is not None and config.fixed_input_size:
         options["img_size"] = size
     net = timm.create_model(arch, **options)
     facts = timm.data.resolve_model_data_config(net)
-    return Pretrained(
-        net, size or int(facts["input_size"][-1]), channels, tuple(facts["mean"]), tuple(facts["std"]), arch
-    )
+    mean, std = (fit_channels(facts[key], channels) for key in ("mean", "std"))
+    return Pretrained(net, size or int(facts["input_size"][-1]), channels, mean, std, arch)
 
 
-def _load_tv(name: ModelName, num_classes: int) -> Pretrained:
-    from torchvision import models
+def _timm_arch(name: ModelName) -> str:
+    """timm's name for the network with its tag, which must be a known one."""
+    import timm
+
+    arch = f"{name.arch}.{name.weights}" if name.weights else name.arch
+    if timm.list_pretrained(name.arch.partition(".")[0]):
+        check_tag(arch)
+        return arch
+    return name.arch
+
+
+def _load_tv(name: ModelName, num_classes: int, wanted: int | None) -> Pretrained:
 
     weights = _tv_weights(name)
     assert weights is not None
-    net = models.get_model(name.arch, weights=weights)
+    net = _fill_tv(name.arch, weights)
     _replace_head(net, num_classes)
     facts = weights.transforms()
     size = facts.crop_size[0] if isinstance(facts.crop_size, (list, tuple)) else facts.crop_size
     return Pretrained(
-        net, int(size), 3, tuple(facts.mean), tuple(facts.std), f"tv:{name.arch}@{weights.name}"
+        net, wanted or int(size), 3, tuple(facts.mean), tuple(facts.std), f"tv:{name.arch}@{weights.name}"
     )
+
+
+def _fill_tv(arch: str, weights: Any) -> nn.Module:
+    """The network with its weights; torchvision's own loader would open any pickle in the cache."""
+    from torchvision import models
+
+    path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        digest = path.stem.rpartition("-")[2]
+        torch.hub.download_url_to_file(weights.url, str(path), digest, progress=False)
+    options: dict[str, Any] = {"transform_input": True} if arch in ("googlenet", "inception_v3") else {}
+    options |= {"init_weights": False} if options else {}
+    net = models.get_model(arch, num_classes=len(weights.meta["categories"]), **options)
+    try:
+        net.load_state_dict(read_tensors(path))
+    except WeightsError as error:
+        raise ModelError(
+            error.problems[0].what, error.problems[0].why, f"delete {path}, and it is fetched again"
+        ) from error
+    if hasattr(net, "aux_logits"):
+        net.aux_logits = False
+        for part in ("AuxLogits", "aux1", "aux2"):
+            if hasattr(net, part):
+                setattr(net, part, None)
+    return net
 
 
 def _tv_weights(name: ModelName) -> Any:

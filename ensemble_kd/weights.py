@@ -56,7 +56,7 @@ def load_student(path: str | Path, device: str | torch.device = "cpu") -> Classi
             raise WeightsError(
                 f"{text} names no weights", "only the code is named", f"say {text}@FILE.safetensors"
             )
-        return load_classifier(Path(name.weights), code=name).to(device).eval()
+        return load_classifier(Path(name.weights).expanduser(), code=name).to(device).eval()
     return load_classifier(weights_path(Path(text).expanduser())).to(device).eval()
 
 
@@ -95,7 +95,7 @@ def load_classifier(path: Path, code: ModelName | None = None) -> Classifier:
     try:
         net = _empty(name, card)
     except EkdError:
-        raise
+        raise  # the user's own code
     except Exception as error:
         raise WeightsError(
             f"cannot build {card.model} as the card of {path} says",
@@ -111,10 +111,13 @@ def _empty(name: ModelName, card: Card) -> nn.Module:
     pre = card.preprocess
     facts = {"num_classes": len(card.classes), "channels": pre.channels, "size": pre.size[0]}
     if name.library != "py":
-        with torch.device("meta"):
-            net = build(name, **facts, form=card.form)
-        if {key for key, _ in net.named_buffers()} <= net.state_dict().keys():
-            return net
+        try:
+            with torch.device("meta"):
+                net = build(name, **facts, form=card.form)
+            if {key for key, _ in net.named_buffers()} <= net.state_dict().keys():
+                return net
+        except NotImplementedError:
+            pass  # a few networks compute with their first weights
     return build(name, **facts, form=card.form)
 
 
@@ -125,7 +128,21 @@ def _safe_name(card: Card, path: Path) -> ModelName:
             "code is run only where you name it",
             f"name the code and the file together: {card.model}@{path}",
         )
-    return parse(card.model)
+    try:
+        name = parse(card.model)
+    except EkdError as error:
+        raise _bad_card(path, card, error.problems[0].what) from error
+    if name.library not in ("own", "timm", "tv"):
+        raise _bad_card(path, card, "a file may name only networks that are on this machine")
+    return name
+
+
+def _bad_card(path: Path, card: Card, why: str) -> WeightsError:
+    return WeightsError(
+        f"cannot build {card.model} as the card of {path} says",
+        why,
+        "the card is damaged, or timm or torchvision changed; fetch the file again",
+    )
 
 
 def has_card(path: Path) -> bool:
@@ -148,7 +165,8 @@ def read_card(path: Path) -> Card:
     Raises:
         WeightsError: the file cannot be read, or has no card.
     """
-    metadata = _metadata(path)
+    _check_file(path)
+    metadata = {} if path.suffix in (".pth", ".pt", ".bin") else _metadata(path)
     if _METADATA not in metadata:
         raise WeightsError(
             f"{path} does not say which network it belongs to",
@@ -172,14 +190,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return safetensors.torch.load(path.read_bytes())
         return _state_dict(torch.load(path, map_location="cpu", weights_only=True), path)
-    except (safetensors.SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise _damaged(path, error) from error
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{path} is not a plain file of weights",
             "it holds Python objects other than tensors, which are never loaded",
             "save its state_dict() alone, best as safetensors",
         ) from error
+    except WeightsError:
+        raise
+    except Exception as error:  # a damaged pickle or header raises whatever its bytes lead to
+        raise _damaged(path, error) from error
 
 
 def _state_dict(loaded: object, path: Path) -> dict[str, Tensor]:
@@ -209,7 +229,9 @@ def _check_file(path: Path) -> None:
             "the repository was cloned without its large files",
             "run `git lfs pull` in it",
         )
-    if path.suffix == ".safetensors" and (head.startswith(b"PK\x03\x04") or head[:1] == b"\x80"):
+    # A safetensors file has the length of its header in 8 bytes, which may be any, then the header.
+    is_pickle = head.startswith(b"PK\x03\x04") or head[:1] == b"\x80"
+    if path.suffix == ".safetensors" and is_pickle and head[8:9] != b"{":
         raise WeightsError(
             f"{path} is a pickle under the name of a safetensors file",
             "pickles can run code, so it is not opened",
@@ -251,6 +273,9 @@ def fill(net: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
         raise WeightsError(
             f"{path} does not fit {type(net).__name__}",
             f"{key} is {tuple(tensors[key].shape)} in the file and {tuple(own[key].shape)} in the network",
-            "the number of classes or channels differs: use weights made for this data",
+            "classes, channels or stem differ: use weights made for this data (or --stem imagenet)",
         )
-    net.load_state_dict(dict(tensors), assign=True)
+    empty = any(tensor.is_meta for tensor in own.values())
+    for key, tensor in tensors.items():  # in place, so that the versions of the modules stay known
+        own[key] = tensor.to(own[key].dtype)
+    net.load_state_dict(own, assign=empty)

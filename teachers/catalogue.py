@@ -41,7 +41,11 @@ def list_models(pattern: str | None = None, limit: int = 40) -> dict[str, Any]:
         if pattern is None or any(kept["made_from"]["model"] == name.canonical for name in found)
     ]
     if not found:
-        hint = nearest(str(pattern), [name.arch for name in models.find("*")])
+        library_named, colon, part = str(pattern).rpartition(":")
+        hint = nearest(
+            str(pattern) if colon else part,
+            [name.canonical if colon else name.arch for name in models.find(f"{library_named}{colon}*")],
+        )
         raise ModelError(
             f"no model matches {pattern!r}",
             "neither this project, timm nor torchvision has one",
@@ -61,9 +65,9 @@ def _row(name: models.ModelName) -> dict[str, Any]:
     try:
         with torch.device("meta"):
             net = models.build(name, num_classes=classes, channels=3, size=size)
-        parameters = sum(p.numel() for p in net.parameters())
+        parameters: int | None = sum(p.numel() for p in net.parameters())
     except (RuntimeError, NotImplementedError):  # a few networks cannot be built without memory
-        parameters = None
+        parameters = models.published_count(name)
     return {
         "name": name.canonical,
         "parameters": parameters,

@@ -34,8 +34,10 @@ def find(made_from: dict[str, Any], code: ModelName | None = None) -> Classifier
     weights, facts = folder / "model.safetensors", folder / "teacher.json"
     if not facts.is_file() or not weights.is_file():
         return None
-    if files.read_json(facts)["sha256"] != files.sha256_file(weights):
-        log.warning("%s was changed since it was kept: the teacher is trained again", weights)
+    known = _read(facts)
+    if known is None or known["sha256"] != files.sha256_file(weights):
+        changed = facts if known is None else weights
+        log.warning("%s was changed since it was kept: the teacher is trained again", changed)
         return None
     return load_classifier(weights, code)
 
@@ -53,8 +55,19 @@ def kept() -> list[dict[str, Any]]:
     """What is in the library: one row a teacher, with `folder`, `made_from` and `results`."""
     rows = []
     for facts in sorted(library_dir().glob("*/teacher.json")):
-        rows.append({"folder": facts.parent, **files.read_json(facts)})
+        if known := _read(facts):
+            rows.append({"folder": facts.parent, **known})
     return rows
+
+
+def _read(facts: Path) -> dict[str, Any] | None:
+    """A `teacher.json`; None where it is damaged."""
+    try:
+        values = files.read_json(facts)
+    except ValueError:
+        return None
+    complete = isinstance(values, dict) and values.keys() >= {"sha256", "made_from", "results"}
+    return values if complete else None
 
 
 def recipe_of(folder: Path) -> dict[str, Any] | None:

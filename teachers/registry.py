@@ -55,6 +55,12 @@ def load_teacher(
         WeightsError: its file is damaged.
     """
     model = parse(name) if isinstance(name, str) else name
+    if model.weights == "own" and model.library != "py":
+        raise ModelError(
+            f"{model.label!r} brings no weights of its own",
+            "only a module of yours can: py:FILE.py:factory@own",
+            "leave @own out, and it is trained",
+        )
     dataset = load_data(data) if isinstance(data, str) else data
     if model.note:
         log.info("%s", model.note)
@@ -111,7 +117,9 @@ def _made_from(
     """All that a trained teacher depends on; equal facts mean the same teacher."""
     return {
         "model": name.canonical,
-        "code": files.sha256_file(Path(name.arch.rpartition(":")[0])) if name.library == "py" else None,
+        "code": files.sha256_file(Path(name.arch.rpartition(":")[0]).expanduser())
+        if name.library == "py"
+        else None,
         "published": classifier.pretrained and classifier.fingerprint(),
         "card": classifier.card.to_json() | {"data": None},
         "data": data.name,

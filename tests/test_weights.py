@@ -456,7 +456,7 @@ def test_another_number_of_classes_is_refused(tmp_path, digits):
         WeightsError,
         f"{path} does not fit LeNet",
         "classifier.4.weight is (7, 84) in the file and (10, 84) in the network",
-        "the number of classes or channels differs: use weights made for this data",
+        "classes, channels or stem differ: use weights made for this data (or --stem imagenet)",
     ):
         load_teacher(f"lenet@{path}", digits)
 

@@ -6,6 +6,8 @@ import secrets
 import shutil
 import tarfile
 import zipfile
+import zlib
+from lzma import LZMAError
 from pathlib import Path, PurePosixPath
 
 from ensemble_kd.errors import DataError
@@ -39,7 +41,15 @@ def unpacked(archive: Path) -> Path:
             str(error),
             "unpack only archives that you trust, by hand, and name the folder",
         ) from error
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+    except (
+        tarfile.TarError,
+        zipfile.BadZipFile,
+        EOFError,
+        OSError,
+        LZMAError,
+        zlib.error,
+        RuntimeError,
+    ) as error:
         if folder.is_dir():  # another process was faster
             return folder
         raise DataError(f"cannot unpack {archive}", str(error), "fetch the archive again") from error
@@ -51,10 +61,15 @@ def unpacked(archive: Path) -> Path:
 def _extract(archive: Path, folder: Path) -> None:
     if archive.name.lower().endswith(".zip"):
         with zipfile.ZipFile(archive) as file:
-            for name in file.namelist():
-                if name.startswith(("/", "\\")) or ".." in PurePosixPath(name.replace("\\", "/")).parts:
-                    raise ValueError(f"{name!r} would be written outside the folder")
+            _check_members(file.namelist())
             file.extractall(folder)
     else:
         with tarfile.open(archive) as file:
+            _check_members(file.getnames())
             file.extractall(folder, filter="data")
+
+
+def _check_members(names: list[str]) -> None:
+    for name in names:
+        if name.startswith(("/", "\\")) or ".." in PurePosixPath(name.replace("\\", "/")).parts:
+            raise ValueError(f"{name!r} would be written outside the folder")

@@ -117,6 +117,12 @@ class Dataset:
         """The same data with the first `count` training images of a fixed stratified draw."""
         if count >= len(self.train):
             return self
+        if count < len(self.classes):
+            raise DataError(
+                f"cannot train on {count} images",
+                f"the data has {len(self.classes)} classes, and each needs an image",
+                f"say --limit-train {len(self.classes)} or more",
+            )
         kept, _ = stratified_split(self.train.known_labels, len(self.train) - count, seed=0)
         return replace(self, train=self.train[kept])
 

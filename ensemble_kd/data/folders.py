@@ -20,6 +20,7 @@ from ensemble_kd.errors import DataError, Problem, listing
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 MAX_DEFAULT_SIZE = 224
+_ORIENTATION = 0x0112  # the tag in EXIF
 _BLOCK = 256  # images that a thread decodes at a time
 
 
@@ -51,11 +52,17 @@ def open_folder(path: Path) -> Path:
         DataError: there is no such folder or archive.
     """
     if path.is_file() and is_archive(path):
-        return unpacked(path)
+        return _inner(unpacked(path))
     if not path.is_dir():
         why = "it is a file, and no .tar or .zip" if path.exists() else "there is nothing at that path"
         raise DataError(f"no image folder at {path}", why, "name a folder with one subfolder a class")
     return path
+
+
+def _inner(folder: Path) -> Path:
+    """The only folder in an unpacked archive, which is often packed with the folder around the images."""
+    entries = [entry for entry in folder.iterdir() if not entry.name.startswith((".", "__"))]
+    return entries[0] if len(entries) == 1 and entries[0].is_dir() else folder
 
 
 def scan(path: Path) -> Folder:
@@ -135,7 +142,7 @@ def _list_split(name: str, where: Path, folder: Folder) -> list[tuple[Path, int]
     for cls, label in index.items():
         if not (where / cls).is_dir():
             continue
-        paths = sorted(p for p in (where / cls).rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+        paths = sorted(p for p in (where / cls).rglob("*") if _is_image(p, where))
         if not paths and name in ("train", "all"):
             folder.errors.append(
                 Problem(
@@ -145,7 +152,21 @@ def _list_split(name: str, where: Path, folder: Folder) -> list[tuple[Path, int]
                 )
             )
         files += [(path, label) for path in paths]
+    if not files and name in ("val", "test"):
+        folder.errors.append(
+            Problem(
+                f"{where} has no images",
+                f"known endings: {', '.join(sorted(EXTENSIONS))}",
+                "add images, or remove the folder",
+            )
+        )
     return files
+
+
+def _is_image(path: Path, where: Path) -> bool:
+    """By its ending; hidden files, and files in hidden folders, are none."""
+    hidden = any(part.startswith((".", "__")) for part in path.relative_to(where).parts)
+    return path.suffix.lower() in EXTENSIONS and not hidden and not path.is_dir()
 
 
 def _read_headers(folder: Folder) -> None:
@@ -160,7 +181,7 @@ def _read_headers(folder: Folder) -> None:
                     broken.append(Problem(f"cannot read {path}", why, "replace or delete the file"))
                 else:
                     folder.shapes[size] = folder.shapes.get(size, 0) + 1
-                    grey = grey and mode in ("1", "L")
+                    grey = grey and (mode in ("1", "L") or mode.startswith("I;16"))
             advance(len(block))
     folder.grey = grey
     _add_broken(folder, broken)
@@ -178,14 +199,19 @@ def _headers(paths: Sequence[Path]) -> list[tuple[Path, tuple[int, int], str, st
         try:
             with Image.open(path) as image:
                 if image.width * image.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
-                    raise OSError(f"{image.width}×{image.height} pixels could exhaust the memory")
-                rows.append((path, image.size, image.mode, ""))
-        except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+                    raise Image.DecompressionBombError
+                turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+                rows.append((path, image.size[::-1] if turned else image.size, image.mode, ""))
+        except Exception as error:  # Pillow's decoders raise many kinds
             rows.append((path, (0, 0), "", _why_broken(path, error)))
     return rows
 
 
 def _why_broken(path: Path, error: Exception) -> str:
+    if not path.exists():
+        return "it is a link to a file that is not there"
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        return "it has so many pixels that it could exhaust the memory"
     head = path.read_bytes()[:256].lstrip().lower()
     if not head:
         return "the file is empty"
@@ -193,7 +219,7 @@ def _why_broken(path: Path, error: Exception) -> str:
         return "it is a web page, saved under an image's name"
     if isinstance(error, UnidentifiedImageError):
         return "it is no image that Pillow knows"
-    return str(error)
+    return str(error) or type(error).__name__
 
 
 def default_size(folder: Folder) -> tuple[int, int]:
@@ -241,15 +267,22 @@ def _decode_block(paths: Sequence[Path], out: np.ndarray) -> list[Problem]:
     for path, target in zip(paths, out, strict=True):
         try:
             with Image.open(path) as image:
-                upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+                upright = _eight_bits(ImageOps.exif_transpose(image), "L" if channels == 1 else "RGB")
             if upright.size != (width, height):
                 upright = ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR)
             target[:] = np.asarray(upright).reshape(target.shape)
-        except (OSError, ValueError, SyntaxError) as error:
+        except Exception as error:  # Pillow's decoders raise many kinds
             broken.append(
                 Problem(f"cannot read {path}", _why_broken(path, error), "replace or delete the file")
             )
     return broken
+
+
+def _eight_bits(image: Image.Image, mode: str) -> Image.Image:
+    """The image in `mode`; 16-bit grey is scaled, where Pillow alone would clip it."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
+    return image.convert(mode)
 
 
 def load_folder(

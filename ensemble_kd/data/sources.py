@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import pickle
 import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,6 +88,13 @@ def _load_idx(name: str, root: Path | None, offline: bool) -> tuple[Images, Imag
         found = _find_idx(root, name)
         assert found is not None
     train_x, train_y, test_x, test_y = (_read_idx(path) for path in found)
+    for pixels, labels, path in ((train_x, train_y, found[1]), (test_x, test_y, found[3])):
+        if pixels.ndim != 3 or labels.ndim != 1 or len(pixels) != len(labels):
+            raise DataError(
+                f"{path} does not belong to the images beside it",
+                f"labels of shape {tuple(labels.shape)} for images of shape {tuple(pixels.shape)}",
+                "fetch the four files again",
+            )
     train = Images(train_x[:, None], train_y.long(), torch.arange(len(train_y)))
     test_ids = torch.arange(len(train_y), len(train_y) + len(test_y))
     return train, Images(test_x[:, None], test_y.long(), test_ids)
@@ -115,7 +123,7 @@ def _read_idx(path: Path) -> Tensor:
         return torch.from_numpy(
             np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy()
         )
-    except (OSError, EOFError, ValueError, struct.error) as error:
+    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise DataError(
             f"cannot read {path}", f"it is no intact idx file ({error})", "delete it and fetch it again"
         ) from error
