@@ -17,11 +17,14 @@ __version__ = "0.1.0"
 
 _API = {
     "distill": "ensemble_kd.distillation",
+    "resume": "ensemble_kd.distillation",
     "train": "ensemble_kd.training",
     "evaluate": "ensemble_kd.evaluation",
     "load_student": "ensemble_kd.weights",
     "load_teacher": "ensemble_kd.teachers.registry",
     "load_data": "ensemble_kd.data",
+    "inspect_data": "ensemble_kd.data.inspect",
+    "list_models": "ensemble_kd.teachers.catalogue",
     "analyze_agreement": "ensemble_kd.analysis.agreement",
     "EkdError": "ensemble_kd.errors",
 }
@@ -30,9 +33,12 @@ __all__ = [*_API, "__version__"]
 if TYPE_CHECKING:  # the same names, for type checkers and editors
     from ensemble_kd.analysis.agreement import analyze_agreement as analyze_agreement
     from ensemble_kd.data import load_data as load_data
+    from ensemble_kd.data.inspect import inspect_data as inspect_data
     from ensemble_kd.distillation import distill as distill
+    from ensemble_kd.distillation import resume as resume
     from ensemble_kd.errors import EkdError as EkdError
     from ensemble_kd.evaluation import evaluate as evaluate
+    from ensemble_kd.teachers.catalogue import list_models as list_models
     from ensemble_kd.teachers.registry import load_teacher as load_teacher
     from ensemble_kd.training import train as train
     from ensemble_kd.weights import load_student as load_student

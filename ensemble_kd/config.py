@@ -32,14 +32,21 @@ def resolve(
     Raises:
         ConfigError: with everything that is wrong, at once.
     """
-    values: dict[str, Any] = dict(read_yaml(file)) if file else {}
+    values: dict[str, Any] = {}
     problems: list[Problem] = []
+    for key, value in (read_yaml(file) if file else {}).items():
+        _assign(values, SHORT.get(key, key), value)
     for assignment in sets:
         key, equals, text = assignment.partition("=")
         if not equals:
             problems.append(Problem(f"--set {assignment} assigns nothing", "", "say --set a.b=value"))
             continue
-        _assign(values, key.strip(), yaml.safe_load(text) if text.strip() else None)
+        try:
+            value = yaml.safe_load(text) if text.strip() else None
+        except yaml.YAMLError:
+            problems.append(Problem(f"--set {assignment} cannot be read", "the value is no YAML", "quote it"))
+            continue
+        _assign(values, SHORT.get(key.strip(), key.strip()), value)
     for key, value in given.items():
         if value is not None:
             _assign(values, SHORT.get(key, key), value)
@@ -94,10 +101,10 @@ def _translate(model: type[Options], detail: Mapping[str, Any]) -> Problem:
         return Problem(
             f"unknown option {key!r}",
             f"known are {listing(known, 40)}",
-            nearest(key, known) or "leave it out",
+            nearest(key, known) or nearest(key, SHORT) or "leave it out",
         )
     if kind == "missing":
-        return Problem(f"{key} is missing", "it has no default", f"say {key}=…")
+        return Problem(f"{key} is missing", "it has no default", f"name it, or say --set {key}=…")
     why = str(detail["msg"]).replace("Input should be", "it should be")
     return Problem(f"{key}: {value!r} cannot be used", why, _mend(key, kind))
 
@@ -107,7 +114,7 @@ def _mend(key: str, kind: str) -> str:
         return f"give {key} a number in that range"
     if kind == "literal_error":
         return "name one of these"
-    return f"see what {key} takes: ekd distill --help"
+    return "see --help for what it takes"
 
 
 def _is_branch(part: object) -> bool:

@@ -7,20 +7,43 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 log = logging.getLogger("ensemble_kd")
 log.addHandler(logging.NullHandler())
+_bars: list[Progress] = []
 
 
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Callable[..., None]]:
-    """A progress bar on a terminal, nothing elsewhere.
+    """A progress bar on a terminal, nothing elsewhere; a bar inside another is shown below it.
 
     Yields:
         `advance(steps=1, note="")`, to call as the work goes on.
     """
     if not sys.stderr.isatty() or _stderr.level > logging.INFO:
         yield lambda steps=1, note="": None
+        return
+    with _display() as bar:
+        task = bar.add_task(description, total=total, note="")
+
+        def advance(steps: int = 1, note: str | None = None) -> None:
+            fields = {} if note is None else {"note": note}
+            bar.update(task, advance=steps, **fields)  # type: ignore[arg-type]
+
+        yield advance
+        if len(bar.tasks) > 1:  # an inner bar goes when its work is done, the outer one stays as a line
+            bar.remove_task(task)
+
+
+@contextmanager
+def _display() -> Iterator[Progress]:
+    """The one display of bars, opened by the outermost."""
+    if _bars:
+        yield _bars[0]
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -33,13 +56,11 @@ def progress(description: str, total: int) -> Iterator[Callable[..., None]]:
         TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(description, total=total, note="")
-
-        def advance(steps: int = 1, note: str | None = None) -> None:
-            fields = {} if note is None else {"note": note}
-            bar.update(task, advance=steps, **fields)  # type: ignore[arg-type]
-
-        yield advance
+        _bars.append(bar)
+        try:
+            yield bar
+        finally:
+            _bars.clear()
 
 
 def log_to_stderr(quiet: bool = False) -> None:

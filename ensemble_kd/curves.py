@@ -33,12 +33,13 @@ def curve_table(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for name in _PANELS
         if name in row[split]
     ]
+    highest: dict[tuple[Any, ...], float] = {}
     for row in rows:
-        if row["measure"] != "accuracy":
-            same = [r["value"] for r in rows if all(r[k] == row[k] for k in ("network", "split", "measure"))]
-            row["percent"] = 100 * row["value"] / max(same)
-        else:
-            row["percent"] = row["value"]
+        curve = (row["network"], row["split"], row["measure"])
+        highest[curve] = max(highest.get(curve, 0.0), row["value"])
+    for row in rows:
+        maximum = highest[row["network"], row["split"], row["measure"]]
+        row["percent"] = row["value"] if row["measure"] == "accuracy" else 100 * row["value"] / (maximum or 1)
     return rows
 
 

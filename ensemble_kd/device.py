@@ -8,17 +8,17 @@ from ensemble_kd.errors import ConfigError
 
 
 def choose_device(wanted: str = "auto") -> torch.device:
-    """The device named, or with `auto` a CUDA GPU, Apple's MPS or the CPU, in this order.
+    """The CPU or the CUDA GPU named; with `auto` a GPU where there is one.
 
     Raises:
         ConfigError: there is no such device on this machine.
     """
     if wanted == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(wanted)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"only cpu and cuda are known, not {device.type}")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(

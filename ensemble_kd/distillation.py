@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ from torch import Tensor
 
 from ensemble_kd import config, files, recipes
 from ensemble_kd.classifier import Classifier
+from ensemble_kd.combine import uniform_weights
 from ensemble_kd.console import log
 from ensemble_kd.curves import draw_curves
 from ensemble_kd.data import load_data
 from ensemble_kd.data.dataset import Dataset
 from ensemble_kd.device import choose_device
-from ensemble_kd.errors import ConfigError, RunError
+from ensemble_kd.errors import ConfigError, RunError, together
 from ensemble_kd.fit import Objective, Recipe, Viewing, fit
-from ensemble_kd.fresh import new_classifier
+from ensemble_kd.fresh import for_data, new_classifier
 from ensemble_kd.models import ModelName, parse
 from ensemble_kd.names import label_of
 from ensemble_kd.results import compare, confident_logits
@@ -28,10 +30,12 @@ from ensemble_kd.runs import Run, Stopwatch, surroundings
 from ensemble_kd.schema import DistillOptions
 from ensemble_kd.teachers.ensemble import Ensemble, LiveTargets, StoredTargets, Teacher
 from ensemble_kd.teachers.library import recipe_of
-from ensemble_kd.teachers.registry import can_be_trained, load_teacher
+from ensemble_kd.teachers.registry import can_be_trained, check_teacher, load_teacher
 
-DEFAULT_TEMPERATURE = 4.0
 STORED_VIEWS = 16
+STORED_BYTES = 1_000_000_000
+OBJECTS = "distill with objects"
+"""The verb in the status of a run that was given Python objects, which no file can bring back."""
 OTHER_SEEDS = 1000
 """What is added to the teachers' seeds for the control `independent`."""
 
@@ -102,6 +106,12 @@ def resume(folder: str | Path) -> DistillResult:
         RunError: the folder is no run, or the run is finished.
     """
     run = Run.open(Path(folder))
+    if run.status()["verb"] == OBJECTS:
+        raise RunError(
+            f"{folder} cannot be resumed",
+            "it was given teachers or a student as Python objects, which are not in the folder",
+            "call distill again with the same objects and overwrite=True",
+        )
     if run.status()["verb"] != "distill":
         raise RunError(
             f"{folder} is a run of `ekd train`",
@@ -115,7 +125,7 @@ def resume(folder: str | Path) -> DistillResult:
             f"look at it: ekd analyze-agreement {folder}",
         )
     options = config.resolve(DistillOptions, {}, file=run.path("config.yaml"))
-    run.go_on()
+    run.set_state("running")
     return _distill(options, {}, None, run)
 
 
@@ -123,32 +133,18 @@ def _distill(
     options: DistillOptions, objects: dict[str, Teacher], student: Classifier | None, run: Run | None
 ) -> DistillResult:
     watch = Stopwatch()
-    device = choose_device(options.device)
-    names = [None if label in objects else parse(label) for label in options.teachers]
-    _check_controls(options, names)
-    data = load_data(**options.load_arguments())
-    if student is None:
-        student = new_classifier(
-            parse(options.student),
-            data,
-            size=options.student_size,
-            stem=options.stem,
-            seed=options.seed,
-            offline=options.offline,
-        )
-    recipe = _student_recipe(options, student, data)
-    setting = _Setting(options, data.to(device), device, student, recipe, _viewing(options, data, recipe))
+    setting, names = _prepare(options, objects, student)
     if run is None:
         resolved = config.to_yaml(
             options,
             augment=setting.viewing.policy,
             views=setting.viewing.count,
-            training=recipe.to_json(),
+            training=setting.recipe.to_json(),
             out=None,
             overwrite=False,
         )
-        name = f"{options.data}-{options.student}"
-        run = Run.create("distill", options.out, name, options.overwrite, resolved)
+        verb = "distill" if not objects and student is None else OBJECTS
+        run = Run.create(verb, options.out, f"{options.data}-{options.student}", options.overwrite, resolved)
     log.info("run folder %s", run.folder)
     watch.lap("data")
     with run.working():
@@ -156,27 +152,50 @@ def _distill(
             objects[label] if name is None else _teacher(name, setting, options.teacher_seed)
             for label, name in zip(options.teachers, names, strict=True)
         ]
-        ensemble = _ensemble(found, options).to(device)
+        ensemble = _ensemble(found, options).to(setting.device)
         watch.lap("teachers")
         networks = _train_networks(run, setting, ensemble, names, watch)
         metrics = _conclude(run, setting, ensemble, networks, watch)
     return DistillResult(run.folder, metrics, networks["student"])
 
 
-def _student_recipe(options: DistillOptions, student: Classifier, data: Dataset) -> Recipe:
-    batch = options.training.batch_size
-    if batch is not None and batch > len(data.train):
-        raise ConfigError(
-            f"batch_size: {batch} is more than the {len(data.train)} training images",
-            "an epoch would have no step",
-            f"say --batch-size {min(32, len(data.train))}",
-        )
-    return recipes.student_recipe(student, len(data.train), options.training.model_dump())
+def _prepare(
+    options: DistillOptions, objects: dict[str, Teacher], student: Classifier | None
+) -> tuple[_Setting, list[ModelName | None]]:
+    """Everything that can be wrong is tried before anything is trained or written, and told at once."""
+    texts = [text for text in options.teachers if text not in objects]
+    *parsed, named_student, device, data = together(
+        *(partial(parse, text) for text in texts),
+        partial(parse, options.student) if student is None else lambda: None,
+        partial(choose_device, options.device),
+        partial(load_data, **options.load_arguments()),
+    )
+    by_text = dict(zip(texts, parsed, strict=True))
+    names = [by_text.get(text) for text in options.teachers]
+    common: dict[str, Any] = {"stem": options.stem, "offline": options.offline}
+    *_, start = together(
+        partial(_check_controls, options, names),
+        *(partial(for_data, teacher.classifier, data, label) for label, teacher in objects.items()),
+        *(
+            partial(check_teacher, name, data, size=options.teacher_size.get(name.label), **common)
+            for name in parsed
+        ),
+        partial(for_data, student, data, "the student")
+        if student is not None
+        else partial(
+            new_classifier, named_student, data, size=options.student_size, seed=options.seed, **common
+        ),
+    )
+    recipe = recipes.student_recipe(start, len(data.train), options.training.model_dump())
+    viewing = _viewing(options, data, recipe)
+    return _Setting(options, data.to(device), device, start, recipe, viewing), names
 
 
 def _viewing(options: DistillOptions, data: Dataset, recipe: Recipe) -> Viewing:
     policy = data.augment if options.augment == "auto" else options.augment
-    default = 1 if policy == "none" else min(STORED_VIEWS, recipe.epochs)
+    wanted = 1 if policy == "none" else min(STORED_VIEWS, recipe.epochs)
+    view_bytes = 4 * len(options.teachers) * len(data.train) * len(data.classes)
+    default = min(wanted, STORED_BYTES // view_bytes)  # none fits: teachers run live
     return Viewing(policy, default if options.views is None else options.views, options.seed)
 
 
@@ -212,10 +231,14 @@ def _teacher(name: ModelName, setting: _Setting, seed: int) -> Teacher:
 
 def _ensemble(teachers: list[Teacher], options: DistillOptions) -> Ensemble:
     table = options.temperature if isinstance(options.temperature, dict) else {}
-    common = options.temperature if isinstance(options.temperature, float) else DEFAULT_TEMPERATURE
+    common = (
+        options.temperature
+        if isinstance(options.temperature, float)
+        else DistillOptions.model_fields["temperature"].default
+    )
     temperatures = torch.tensor([table.get(teacher.label, common) for teacher in teachers])
-    given = options.weights or [1 / len(teachers)] * len(teachers)
-    return Ensemble(teachers, torch.tensor(given), temperatures, options.pool)
+    weights = torch.tensor(options.weights) if options.weights else uniform_weights(len(teachers))
+    return Ensemble(teachers, weights, temperatures, options.pool)
 
 
 def _student_temperature(ensemble: Ensemble, options: DistillOptions) -> float:
@@ -233,10 +256,11 @@ def _train_networks(
     stored: dict[int, Tensor] = {}
     networks = {}
     for name in ["student", *setting.options.controls]:
-        kept = run.finished_network(name)
+        code = parse(setting.options.student) if setting.options.student.startswith("py:") else None
+        kept = run.finished_network(name, code)
         if kept is not None:
             log.info("%s: finished before", name)
-            networks[name] = kept[0].to(setting.device)
+            networks[name] = kept.to(setting.device)
             continue
         own, own_val, own_stored = ensemble, val_logits, stored
         if name == "best-teacher":
@@ -246,6 +270,8 @@ def _train_networks(
             own_val, own_stored = own.all_logits(setting.data.val), {}
         objective = _objective(name, own, own_val, own_stored, setting)
         networks[name] = _train(name, objective, setting, run)
+        for teacher in own.teachers:
+            teacher.check_unchanged()
         watch.lap(name)
     return networks
 

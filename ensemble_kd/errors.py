@@ -6,8 +6,9 @@ A message has three parts, each one line: what and where, why, and how to mend i
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,25 @@ class RunError(EkdError):
 
 class TrainingError(EkdError):
     """Training cannot go on."""
+
+
+def together(*works: Callable[[], Any]) -> list[Any]:
+    """The results of all `works`; where some fail, one error with the problems of all of them.
+
+    Raises:
+        EkdError: the error of the only one that failed, or a ConfigError with all problems.
+    """
+    results, failures = [], []
+    for work in works:
+        try:
+            results.append(work())
+        except EkdError as error:
+            failures.append(error)
+    if len(failures) == 1:
+        raise failures[0]
+    if failures:
+        raise ConfigError([problem for error in failures for problem in error.problems])
+    return results
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

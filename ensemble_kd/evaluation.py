@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ensemble_kd.classifier import Classifier
-from ensemble_kd.config import resolve
+from ensemble_kd.config import read_yaml, resolve
 from ensemble_kd.data import load_data
 from ensemble_kd.data.dataset import Dataset
 from ensemble_kd.device import choose_device
@@ -18,7 +18,7 @@ from ensemble_kd.fit import predict
 from ensemble_kd.fresh import for_data
 from ensemble_kd.metrics import measure
 from ensemble_kd.names import label_of
-from ensemble_kd.schema import EvaluateOptions
+from ensemble_kd.schema import DataOptions, EvaluateOptions
 from ensemble_kd.teachers.registry import load_teacher
 from ensemble_kd.weights import load_student
 
@@ -33,7 +33,8 @@ def evaluate(
     """Accuracy, top-5, NLL and ECE of a model on a source's test split, with 95 % intervals.
 
     Args:
-        path: a run folder, a `.safetensors` file, or the name of a teacher in the library.
+        path: a run folder, a `.safetensors` file, or the name of a teacher in the library. A run is
+            judged on its own data and splits unless `options` say otherwise.
         config_file: YAML with any of the options.
         sets: assignments such as `"on=val"`.
         options: the other fields of `schema.EvaluateOptions`.
@@ -44,7 +45,8 @@ def evaluate(
     Raises:
         EkdError: the model or the data cannot be used, or their classes differ.
     """
-    given = {**options, "path": None if path is None else str(path)}
+    known = {} if path is None else _data_of_run(Path(path))
+    given = {**known, **{k: v for k, v in options.items() if v is not None}, "path": path and str(path)}
     chosen = resolve(EvaluateOptions, given, file=Path(config_file) if config_file else None, sets=sets)
     data, device = load_data(**chosen.load_arguments()), choose_device(chosen.device)
     classifier = load_any(chosen.path, data, device)
@@ -56,6 +58,14 @@ def evaluate(
         **measure(predict(classifier, split), split.known_labels),
     }
     return {"data": data.name, "split": chosen.on, "n": len(split), "models": {label_of(chosen.path): row}}
+
+
+def _data_of_run(folder: Path) -> dict[str, Any]:
+    """The data options of a run, so that its test images are the same again; none where it is no run."""
+    config = folder / "config.yaml"
+    if not config.is_file():
+        return {}
+    return {k: v for k, v in read_yaml(config).items() if k in DataOptions.model_fields and v is not None}
 
 
 def load_any(name: str, data: Dataset, device: torch.device) -> Classifier:

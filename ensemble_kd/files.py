@@ -52,12 +52,6 @@ def to_json(value: Any) -> str:
     return json.dumps(_finite(value), indent=2, ensure_ascii=False)
 
 
-def append_json_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Add one JSON object as a line to `path`."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json_line(value))
-
-
 def json_line(value: Mapping[str, Any]) -> str:
     """`value` as one line of JSON, with its newline."""
     return json.dumps(_finite(value), ensure_ascii=False) + "\n"

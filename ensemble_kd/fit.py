@@ -296,20 +296,21 @@ def _train_epoch(
 
 def _validate(model: Classifier, val: Images, objective: Objective) -> dict[str, float]:
     model.eval()
-    logits, labels, target = predict(model, val), val.known_labels, objective.val_target
+    logits, labels, target = predict(model, val), val.labels, objective.val_target
     soft = target.soft if target is not None else None
-    row = {
-        "loss": float(objective(logits, labels, soft, 0.0)),
-        "accuracy": float((logits.argmax(dim=1) == labels).double().mean()),
-    }
+    row = {"loss": float(objective(logits, labels, soft, 0.0))}
+    if labels is not None:
+        row["accuracy"] = float((logits.argmax(dim=1) == labels).float().mean())
     if target is not None:
         row["teacher_student_cross_entropy"] = float(soft_cross_entropy(logits, target.plain))
     return row
 
 
 @torch.inference_mode()
-def predict(model: Classifier, images: Images, batch_size: int = EVAL_BATCH) -> Tensor:
+def predict(model: Classifier, images: Images) -> Tensor:
     """Logits (N, C), float32, of all images in order; the model must be in eval mode."""
+    height, width = model.card.preprocess.size
+    batch_size = max(8, min(EVAL_BATCH, EVAL_BATCH * 64**2 // (height * width)))  # activations stay small
     return torch.cat([model(batch.pixels).float() for batch in images.batches(batch_size)])
 
 
@@ -339,10 +340,10 @@ def warmup_cosine(total: int, warmup: int) -> Callable[[int], float]:
 
 def _tell(description: str, epochs: int, row: dict[str, Any], advance: Callable[..., None]) -> None:
     val = row["val"]
-    note = f"val acc {val['accuracy']:.3f} loss {val['loss']:.3f}"
+    note = " ".join(f"{name[:4]} {val[name]:.3f}" for name in ("accuracy", "loss") if name in val)
     advance(0, note=note)
     log.debug(
-        "%s  epoch %d/%d  %s  %.1f s  %d img/s",
+        "%s  epoch %d/%d  val %s  %.1f s  %d img/s",
         description,
         row["epoch"],
         epochs,

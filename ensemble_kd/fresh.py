@@ -31,10 +31,12 @@ def new_classifier(
     seed: int = 0,
     offline: bool = False,
     sketch: bool = False,
+    scratch: bool = False,
 ) -> Classifier:
     """Build the network that `name` means for `data`; the same seed gives the same weights.
 
     A `sketch` has no memory for its weights where they would be fresh: it tells form, size and kind.
+    `scratch` looks for no published weights, after a sketch found that there are none.
 
     Published weights are taken where the name asks for them. Where it does not, stock networks on
     images over 64 pixels start from them if they can be had, and say so if not.
@@ -49,16 +51,18 @@ def new_classifier(
             return for_data(load_classifier(weights_path(Path(name.arch).expanduser())), data, name.label)
         if is_file(name.weights) and has_card(file := Path(str(name.weights)).expanduser()):
             return for_data(load_classifier(file, code=name), data, name.label)
-        return _build(name, data, size, stem, offline, sketch)
+        if name.note and not sketch:
+            log.info("%s", name.note)
+        return _build(name, data, size, stem, offline, sketch, scratch)
 
 
 def _build(
-    name: ModelName, data: Dataset, size: int | None, stem: str, offline: bool, sketch: bool
+    name: ModelName, data: Dataset, size: int | None, stem: str, offline: bool, sketch: bool, scratch: bool
 ) -> Classifier:
     form = choose_form(name, data.image_size, stem)
     classes, channels = len(data.classes), data.channels
     loaded = None
-    if not is_file(name.weights) and name.weights != "own":
+    if not is_file(name.weights) and name.weights != "own" and not scratch:
         loaded = _published(name, classes, channels, size, form, offline)
     if loaded is not None:
         pre = Preprocess(loaded.channels, (loaded.size, loaded.size), loaded.mean, loaded.std)
@@ -70,11 +74,15 @@ def _build(
         empty = sketch and name.library != "py" and not is_file(name.weights)
         net = _net(name, empty, num_classes=classes, channels=channels, size=side, form=form)
         took = 3 if name.library == "tv" else channels
-        mean, std = (fit_channels(values, took) for values in data.mean_and_std())
+        mean, std = (fit_channels(values, took) for values in data.mean_and_std)
         pre = Preprocess(took, (side, side), mean, std)
         if is_file(name.weights):
             path = Path(str(name.weights)).expanduser()
             fill(net, read_tensors(path), path)
+            if not sketch:
+                log.warning(
+                    "%s names neither classes nor normalisation: those of %s are taken", path, data.name
+                )
     if not sketch:
         _say_conversion(pre.channels, data, name.label)
     form = "stock" if loaded is not None else form  # published weights need it

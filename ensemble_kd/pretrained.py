@@ -55,11 +55,11 @@ def at_hand(name: ModelName) -> str:
     return "download" if name.library == "hf-hub" else "none"
 
 
-def load(name: ModelName, num_classes: int, channels: int, size: int | None, offline: bool) -> Pretrained:
-    """Fetch the weights and put a fresh head on them; the head must be trained before use.
+def check(name: ModelName, offline: bool) -> None:
+    """Refuse published weights that do not exist, or that `offline` forbids to fetch.
 
     Raises:
-        ModelError: there are none, they cannot be had, or `offline` forbids to fetch them.
+        ModelError: says which.
     """
     state = at_hand(name)
     if state == "none":
@@ -75,12 +75,19 @@ def load(name: ModelName, num_classes: int, channels: int, size: int | None, off
             "--offline forbids to download them",
             "run once without --offline, or leave the weights out and it is trained from scratch",
         )
+
+
+def load(name: ModelName, num_classes: int, channels: int, size: int | None, offline: bool) -> Pretrained:
+    """Fetch the weights and put a fresh head on them; the head must be trained before use.
+
+    Raises:
+        ModelError: there are none, they cannot be had, or `offline` forbids to fetch them.
+    """
+    check(name, offline)
     try:
-        return (
-            _load_tv(name, num_classes, size)
-            if name.library == "tv"
-            else _load_timm(name, num_classes, channels, size)
-        )
+        if name.library == "tv":
+            return _load_tv(name, num_classes, size)
+        return _load_timm(name, num_classes, channels, size)
     except ModelError:
         raise
     except Exception as error:  # the loaders raise whatever their network libraries raise

@@ -12,13 +12,15 @@ from typing import Any
 from torch import nn
 
 from ensemble_kd.classifier import Classifier
+from ensemble_kd.errors import ConfigError
 from ensemble_kd.fit import Recipe
 
 FEW_IMAGES = 5000
+LARGE_INPUT = 128
 
 
 def student_recipe(model: Classifier, train_size: int, overrides: Mapping[str, Any]) -> Recipe:
-    """For students and their controls: about a million images seen, in 15 to 20 epochs."""
+    """For students and their controls: 15 to 20 epochs."""
     epochs = min(20, max(15, round(1_000_000 / train_size)))
     return _complete(model, train_size, epochs, 0.0, overrides)
 
@@ -42,10 +44,10 @@ def _complete(
     model: Classifier, train_size: int, epochs: int, smoothing: float, overrides: Mapping[str, Any]
 ) -> Recipe:
     kind = normalisation(model.net)
-    few = train_size < FEW_IMAGES
+    large = max(model.card.preprocess.size) > LARGE_INPUT
     recipe = Recipe(
         epochs=epochs,
-        batch_size=32 if few else 128,
+        batch_size=min(32 if train_size < FEW_IMAGES or large else 128, train_size),
         optimizer="sgd",
         lr=0.1,
         weight_decay=5e-4,
@@ -54,11 +56,18 @@ def _complete(
         clip_norm=2.0,
     )
     if kind == "none":
-        recipe = replace(recipe, lr=0.03, init="unit-variance")
+        ours = not model.card.model.startswith("py:")  # a user's own first weights are left alone
+        recipe = replace(recipe, lr=0.03, init="unit-variance" if ours else "default")
     elif kind == "other":
         recipe = replace(recipe, optimizer="adamw", lr=1e-3, weight_decay=0.05)
     if model.pretrained:  # fine-tuning: gentler, from the weights that are there
         recipe = replace(recipe, lr=recipe.lr / 10, init="default")
     given = {key: value for key, value in overrides.items() if value is not None}
     recipe = replace(recipe, **given)
-    return replace(recipe, batch_size=min(recipe.batch_size, train_size))
+    if recipe.batch_size > train_size:
+        raise ConfigError(
+            f"batch_size: {recipe.batch_size} is more than the {train_size} training images",
+            "an epoch would have no step",
+            f"say --batch-size {min(32, train_size)}",
+        )
+    return recipe

@@ -6,6 +6,7 @@ import itertools
 import os
 import platform
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -22,11 +23,26 @@ from torch import Tensor
 
 from ensemble_kd import __version__, files
 from ensemble_kd.classifier import Classifier
-from ensemble_kd.console import log_to_file
+from ensemble_kd.console import log, log_to_file
 from ensemble_kd.errors import RunError
+from ensemble_kd.models import ModelName
 from ensemble_kd.weights import load_classifier, save_classifier
 
 RUNS = Path("runs")
+_OVERWRITTEN = (
+    "history.jsonl",
+    "metrics.json",
+    "manifest.json",
+    "status.json",
+    "train.log",
+    "curves.png",
+    "student.safetensors",
+    "model.safetensors",
+    "predictions.safetensors",
+    "controls",
+    "analysis",
+)
+"""What a run writes; anything else in its folder is the user's."""
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors")
 
 
@@ -60,8 +76,9 @@ class Run:
     def _make_room(self, overwrite: bool) -> None:
         known = (self.folder / "status.json").is_file()
         if overwrite and known:
-            for name in ("history.jsonl", "metrics.json", "manifest.json", "status.json", "train.log"):
-                (self.folder / name).unlink(missing_ok=True)
+            for name in _OVERWRITTEN:
+                path = self.folder / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             return
         status = self.status() if known else {}
         if known and status["state"] != "finished" and status["verb"] == "distill":
@@ -113,13 +130,6 @@ class Run:
         """`verb`, `state`, and the `networks` that are finished, by name, with file and hash."""
         return files.read_json(self.path("status.json"))
 
-    def go_on(self) -> None:
-        """Ready the folder for the rest of its work: rows of unfinished networks leave the history."""
-        finished = self.status()["networks"]
-        rows = [row for row in self.history() if row["network"] in finished]
-        files.write_text(self.path("history.jsonl"), "".join(files.json_line(row) for row in rows))
-        self.set_state("running")
-
     def set_state(self, state: str) -> None:
         """Note whether the run is running, stopped or finished."""
         files.write_json(self.path("status.json"), {**self.status(), "state": state})
@@ -130,8 +140,10 @@ class Run:
         with log_to_file(self.path("train.log")):
             try:
                 yield
-            except BaseException:
+            except BaseException as error:
                 self.set_state("stopped")
+                if isinstance(error, KeyboardInterrupt) and self.status()["verb"] == "distill":
+                    log.warning("go on with it: ekd resume %s", self.folder)
                 raise
         self.set_state("finished")
 
@@ -139,24 +151,22 @@ class Run:
         """Save a finished network and its history; a run that is resumed does not train it again."""
         file = network_file(name)
         save_classifier(self.path(file), classifier)
-        for row in history:
-            files.append_json_line(self.path("history.jsonl"), {"network": name, **row})
+        others = [row for row in self.history() if row["network"] != name]
+        rows = others + [{"network": name, **row} for row in history]
+        files.write_text(self.path("history.jsonl"), "".join(map(files.json_line, rows)))
         status = self.status()
         status["networks"][name] = {"file": file, "sha256": files.sha256_file(self.path(file))}
         files.write_json(self.path("status.json"), status)
 
-    def finished_network(self, name: str) -> tuple[Classifier, list[dict[str, Any]]] | None:
-        """A network that an earlier part of this run finished, with its history; None if there is none."""
+    def finished_network(self, name: str, code: ModelName | None = None) -> Classifier | None:
+        """A network that an earlier part of this run finished; `code` is the user's own, if it is theirs."""
         kept = self.status()["networks"].get(name)
         if kept is None or not self.path(kept["file"]).is_file():
             return None
         if files.sha256_file(self.path(kept["file"])) != kept["sha256"]:
+            log.warning("%s was changed since it was finished: it is trained again", self.path(kept["file"]))
             return None
-        try:
-            classifier = load_classifier(self.path(kept["file"]))
-        except Exception:
-            return None  # the user's own module: trained again rather than run from a file
-        return classifier, [row for row in self.history() if row["network"] == name]
+        return load_classifier(self.path(kept["file"]), code)
 
     def history(self) -> list[dict[str, Any]]:
         """All rows of history.jsonl, of finished networks."""

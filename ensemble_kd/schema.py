@@ -124,7 +124,7 @@ class RunOptions(DataOptions):
     )
     training: RecipeOptions = RecipeOptions()
     seed: int = Field(0, ge=0, description="of weights, order of images and views")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
     out: Path | None = Field(None, description="run folder; default runs/DATA-NAME-TIME")
     overwrite: bool = Field(False, description="replace what is in the run folder")
 
@@ -144,7 +144,7 @@ class EvaluateOptions(DataOptions):
 
     path: str = Field(description="run folder, .safetensors file, or a teacher's name")
     on: Literal["test", "val"] = Field("test", description="which split: test or val")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
 
 
 class AgreementOptions(DataOptions):
@@ -153,7 +153,7 @@ class AgreementOptions(DataOptions):
     run: Path | None = Field(None, description="run folder; the newest finished one where none is named")
     models: Names = Field([], description="instead of a run: models by name, run folder or file")
     seed: int = Field(0, ge=0, description="of the bootstrap")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
     out: Path | None = Field(None, description="folder for agreement.json and agreement.png")
 
 
@@ -254,7 +254,7 @@ class DistillOptions(RunOptions):
                 )
             ]
         if not math.isclose(total, 1, abs_tol=1e-6):
-            even = ",".join(f"{w / total:.3g}" for w in self.weights) if total > 0 else "1,…"
+            even = ",".join(f"{w / total:.7g}" for w in self.weights) if total > 0 else "1,…"
             return [
                 Problem(
                     f"weights: {listing(self.weights)} sum to {total:g}, not to 1",

@@ -23,7 +23,7 @@ from ensemble_kd.metrics import measure
 from ensemble_kd.models import parse
 from ensemble_kd.runs import Run, Stopwatch, surroundings
 from ensemble_kd.schema import TrainOptions
-from ensemble_kd.teachers.library import history_of
+from ensemble_kd.teachers.library import history_of, recipe_of
 from ensemble_kd.teachers.registry import can_be_trained, load_teacher
 
 
@@ -72,7 +72,9 @@ def train(
     log.info("run folder %s", run.folder)
     watch.lap("data")
     with run.working():
-        classifier, history = _train(chosen, data, device, policy)
+        classifier, history, recipe = _train(chosen, data, device, policy)
+        resolved = config.to_yaml(chosen, augment=policy, training=recipe, out=None, overwrite=False)
+        files.write_text(run.path("config.yaml"), resolved)
         watch.lap("training")
         run.keep_network("model", classifier, history)
         test = data.test.to(device)
@@ -94,8 +96,8 @@ def train(
 
 def _train(
     chosen: TrainOptions, data: Dataset, device: torch.device, policy: str
-) -> tuple[Classifier, list[dict[str, Any]]]:
-    """The trained network and its history, by the recipe of its role."""
+) -> tuple[Classifier, list[dict[str, Any]], dict[str, Any] | None]:
+    """The trained network, its history and its recipe, which is that of its role."""
     name, overrides = parse(chosen.model), chosen.training.model_dump()
     common: dict[str, Any] = {
         "size": chosen.size, "stem": chosen.stem, "seed": chosen.seed, "offline": chosen.offline,
@@ -108,10 +110,11 @@ def _train(
                 "name an architecture, or train on from the file with --role control",
             )
         teacher = load_teacher(name, data, **common, augment=policy, training=overrides, device=device)
-        return teacher.classifier, history_of(Path(teacher.origin))
+        folder = Path(teacher.origin)
+        return teacher.classifier, history_of(folder), recipe_of(folder)
     classifier = new_classifier(name, data, **common)
     recipe = recipes.student_recipe(classifier, len(data.train), overrides)
     history = train_on_labels(
         classifier, data, recipe, policy, seed=chosen.seed, device=device, description=name.label
     )
-    return classifier, history
+    return classifier, history, recipe.to_json()

@@ -112,16 +112,6 @@ class Ensemble:
         plain = combine(logits, self.weights, torch.ones_like(self.temperatures), self.pool)
         return Target(combine(logits, self.weights, self.temperatures, self.pool), plain)
 
-    @property
-    def parameter_count(self) -> int:
-        """The parameters of all teachers together."""
-        return sum(t.classifier.parameter_count for t in self.teachers)
-
-    @property
-    def byte_count(self) -> int:
-        """The bytes of all teachers together."""
-        return sum(t.classifier.byte_count for t in self.teachers)
-
 
 @dataclass
 class LiveTargets:

@@ -9,6 +9,7 @@ from typing import Any
 from ensemble_kd import files
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.console import log
+from ensemble_kd.errors import WeightsError
 from ensemble_kd.models import ModelName
 from ensemble_kd.weights import load_classifier, save_classifier
 
@@ -19,8 +20,13 @@ def library_dir() -> Path:
 
 
 def folder_of(made_from: dict[str, Any]) -> Path:
-    """Where a teacher made from these facts lies: readable, and unique by their hash."""
-    key = files.sha256_json(made_from)[:12]
+    """Where a teacher made from these facts lies: readable, and unique by their hash.
+
+    What the data are is told by the hash of their pixels; their name alone may change.
+    """
+    key = files.sha256_json(made_from | {"data": None})[:12]
+    if kept := sorted(library_dir().glob(f"*-{key}")):
+        return kept[0]
     readable = re.sub(r"[^\w.-]+", "-", f"{made_from['model']}-{made_from['data']}-s{made_from['seed']}")
     return library_dir() / f"{readable[-80:].strip('-')}-{key}"
 
@@ -39,7 +45,11 @@ def find(made_from: dict[str, Any], code: ModelName | None = None) -> Classifier
         changed = facts if known is None else weights
         log.warning("%s was changed since it was kept: the teacher is trained again", changed)
         return None
-    return load_classifier(weights, code)
+    try:
+        return load_classifier(weights, code)
+    except WeightsError as error:
+        log.warning("the teacher is trained again: %s", error)
+        return None
 
 
 def keep(classifier: Classifier, made_from: dict[str, Any], results: dict[str, Any]) -> Path:

@@ -13,7 +13,8 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ensemble_kd import files
+from ensemble_kd import __version__, files
+from ensemble_kd.console import log
 
 MAX_NUMBERS = 25_000_000
 """Larger outputs (100 MB in float32) are held in memory and not written."""
@@ -28,7 +29,7 @@ def through_store(depends_on: dict[str, Any] | None, compute: Callable[[], Tenso
     """
     if depends_on is None:
         return compute()
-    facts = depends_on | {name: version(name) for name in _LIBRARIES}
+    facts = depends_on | {name: version(name) for name in _LIBRARIES} | {"ensemble-kd": __version__}
     path = files.cache_dir() / "outputs" / f"{files.sha256_json(facts)[:32]}.safetensors"
     if path.is_file():
         try:
@@ -37,5 +38,8 @@ def through_store(depends_on: dict[str, Any] | None, compute: Callable[[], Tenso
             path.unlink()  # cut off or damaged: made again
     logits = compute()
     if logits.numel() <= MAX_NUMBERS:
-        files.write_bytes(path, safetensors.torch.save({"logits": logits.cpu().contiguous()}))
+        try:
+            files.write_bytes(path, safetensors.torch.save({"logits": logits.cpu().contiguous()}))
+        except OSError as error:
+            log.warning("outputs of a teacher are not kept: %s (%s)", error.strerror, path.parent)
     return logits

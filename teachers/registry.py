@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ensemble_kd import files, recipes
+from ensemble_kd import files, pretrained, recipes
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.console import log
 from ensemble_kd.data import load_data
@@ -17,7 +17,7 @@ from ensemble_kd.device import choose_device
 from ensemble_kd.errors import ModelError
 from ensemble_kd.fit import Recipe, train_on_labels
 from ensemble_kd.fresh import is_file, new_classifier
-from ensemble_kd.models import ModelName, parse
+from ensemble_kd.models import ModelName, choose_form, choose_size, parse
 from ensemble_kd.teachers import library
 from ensemble_kd.teachers.ensemble import Teacher
 
@@ -55,15 +55,8 @@ def load_teacher(
         WeightsError: its file is damaged.
     """
     model = parse(name) if isinstance(name, str) else name
-    if model.weights == "own" and model.library != "py":
-        raise ModelError(
-            f"{model.label!r} brings no weights of its own",
-            "only a module of yours can: py:FILE.py:factory@own",
-            "leave @own out, and it is trained",
-        )
+    _check_own(model)
     dataset = load_data(data) if isinstance(data, str) else data
-    if model.note:
-        log.info("%s", model.note)
     target = device if isinstance(device, torch.device) else choose_device(device)
     seed = seed if model.seed is None else model.seed
     options: dict[str, Any] = {"size": size, "stem": stem, "seed": seed, "offline": offline}
@@ -74,6 +67,34 @@ def load_teacher(
     return _kept_or_trained(
         model, dataset, options, augment or dataset.augment, training or {}, train, target
     )
+
+
+def check_teacher(name: ModelName, data: Dataset, *, size: int | None, stem: str, offline: bool) -> None:
+    """Refuse what `load_teacher` would refuse, without training or fetching anything.
+
+    Raises:
+        ModelError, WeightsError: see `load_teacher`.
+    """
+    _check_own(name)
+    if _is_trained(name):
+        new_classifier(name, data, size=size, stem=stem, offline=offline, sketch=True)
+    elif pretrained.is_wanted(name):
+        pretrained.check(name, offline)
+    else:
+        form = choose_form(name, data.image_size, stem)
+        classes, channels = len(data.classes), data.channels
+        choose_size(
+            name, num_classes=classes, channels=channels, image_size=data.image_size, form=form, wanted=size
+        )
+
+
+def _check_own(name: ModelName) -> None:
+    if name.weights == "own" and name.library != "py":
+        raise ModelError(
+            f"{name.label!r} brings no weights of its own",
+            "only a module of yours can: py:FILE.py:factory@own",
+            "leave @own out, and it is trained",
+        )
 
 
 def _kept_or_trained(
@@ -99,10 +120,10 @@ def _kept_or_trained(
     if not train:
         raise ModelError(
             f"teacher {model.label!r} is not in the library for {dataset.name} with this recipe",
-            "--no-train forbids to train it now",
-            f"leave --no-train out, or train it first: ekd train {model.text} --data {dataset.name}",
+            "it may not be trained now",
+            f"train it first: ekd train {model.text} --data {dataset.name}",
         )
-    classifier = new_classifier(model, dataset, **options)
+    classifier = sketch if sketch.pretrained else new_classifier(model, dataset, **options, scratch=True)
     folder = _train_and_keep(model.label, classifier, dataset, recipe, policy, device, made_from)
     return Teacher.of(model.label, classifier, str(folder), storable)
 

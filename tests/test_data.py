@@ -450,7 +450,7 @@ def test_the_fingerprint_depends_on_nothing_else(change):
 @pytest.mark.parametrize(("channels", "count"), [(1, 10), (3, 5000)])
 def test_mean_and_std_agree_with_numpy(channels, count):
     data = small(channels, count)
-    mean, std = data.mean_and_std()
+    mean, std = data.mean_and_std
     values = data.train.pixels.numpy() / 255
     assert mean == pytest.approx(values.mean((0, 2, 3)), abs=1e-9)
     assert std == pytest.approx(values.std((0, 2, 3)), abs=1e-9)
@@ -459,7 +459,7 @@ def test_mean_and_std_agree_with_numpy(channels, count):
 def test_a_constant_channel_has_a_deviation_to_divide_by():
     data = small()
     data.train.pixels[:, 1] = 255
-    mean, std = data.mean_and_std()
+    mean, std = data.mean_and_std
     assert mean[1] == pytest.approx(1)
     assert std[1] == pytest.approx(1e-4)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -221,8 +222,13 @@ def test_a_stopped_run_is_resumed_without_training_finished_networks_again(tmp_p
     with pytest.raises(KeyboardInterrupt):
         distill("lenet", "lenet", controls="labels,best-teacher", out=tmp_path / "part", **QUICK)
     assert Run(tmp_path / "part").status()["state"] == "stopped"
-    with pytest.raises(RunError, match=r"go on with it: ekd resume .*part"):
+    with pytest.raises(RunError) as error:
         distill("lenet", "lenet", out=tmp_path / "part", **QUICK)
+    assert str(error.value) == (
+        f"{tmp_path / 'part'} is not empty\n"
+        "  why: a run writes to a folder of its own\n"
+        f"  fix: go on with it: ekd resume {tmp_path / 'part'}   (or replace it: --overwrite)"
+    )
     resumed = resume(tmp_path / "part")
     assert calls == ["student", "control labels", "control labels", "control best-teacher"]
     assert resumed.metrics["models"] == whole.metrics["models"]
@@ -240,6 +246,67 @@ def test_a_run_of_train_is_not_resumed(tmp_path):
         "  why: it trains one network, which starts again from the beginning\n"
         f"  fix: repeat it: ekd train --config {folder / 'config.yaml'} --out {folder} --overwrite"
     )
+
+
+def test_everything_that_is_wrong_is_told_before_a_folder_is_made(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        distill("resnt18,vgg61", "lenett", data="digitss", device="tpu", out=tmp_path / "x")
+    assert [problem.what for problem in error.value.problems] == [
+        "no model is called 'resnt18'",
+        "no model is called 'vgg61'",
+        "no model is called 'lenett'",
+        "there is no device 'tpu' here",
+        "unknown data source 'digitss'",
+    ]
+    with pytest.raises(ConfigError) as error:
+        distill("vgg16,vgg11", "lenet", teacher_size="vgg16=28,vgg11=20", student_size=20, out=tmp_path / "x")
+    assert [problem.what for problem in error.value.problems] == [
+        "'vgg16' cannot take 28×28 images",
+        "'vgg11' cannot take 20×20 images",
+        "'lenet' cannot take 20×20 images",
+    ]
+    assert not (tmp_path / "x").exists()
+
+
+def test_objects_must_know_the_classes_and_cannot_be_resumed(tmp_path, few_digits, monkeypatch):
+    teacher = load_teacher("lenet", few_digits, training={"epochs": 1})
+    card = dataclasses.replace(teacher.classifier.card, classes=tuple(reversed(few_digits.classes)))
+    backwards = Teacher.of("mine", Classifier(teacher.classifier.net, card), "made here")
+    with pytest.raises(ModelError, match="'mine' has the classes of digits in another order"):
+        distill([backwards], "lenet", out=tmp_path / "x", **QUICK)
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distillation, "fit", stop)
+    mine = Teacher.of("mine", teacher.classifier, "made here")
+    with pytest.raises(KeyboardInterrupt):
+        distill([mine], "lenet", out=tmp_path / "y", **QUICK)
+    with pytest.raises(RunError) as error:
+        resume(tmp_path / "y")
+    assert str(error.value) == (
+        f"{tmp_path / 'y'} cannot be resumed\n"
+        "  why: it was given teachers or a student as Python objects, which are not in the folder\n"
+        "  fix: call distill again with the same objects and overwrite=True"
+    )
+
+
+def test_overwriting_leaves_nothing_of_the_run_before(tmp_path, monkeypatch):
+    folder = distill("lenet", "lenet", out=tmp_path / "r", **QUICK).folder
+    (folder / "notes.txt").write_text("mine")
+    monkeypatch.setattr(distillation, "fit", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        distill("lenet", "lenet", out=folder, overwrite=True, **QUICK)
+    left = {p.name for p in folder.iterdir()}
+    assert left == {"config.yaml", "status.json", "train.log", "notes.txt"}
+
+
+def test_a_run_is_judged_on_its_own_test_images(finished):
+    data = ensemble_kd.load_data("digits", limit_train=600)
+    row = ensemble_kd.evaluate(finished.folder)["models"]["finished"]
+    assert row["accuracy"] == finished.metrics["models"]["student"]["accuracy"]
+    on_val = ensemble_kd.evaluate(finished.folder, on="val")
+    assert on_val["n"] == len(data.val)
 
 
 def test_a_full_folder_is_refused_and_kept(finished, tmp_path):

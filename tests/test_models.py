@@ -604,7 +604,7 @@ def test_the_seed_decides_the_first_weights_and_nothing_else_is_drawn(digits, na
 
 def test_a_classifier_knows_its_data(digits):
     classifier = new_classifier(parse("resnet18#5"), digits)
-    mean, std = digits.mean_and_std()
+    mean, std = digits.mean_and_std
     assert classifier.card == Card(
         "timm:resnet18", "small", Preprocess(1, (8, 8), mean, std), digits.classes, "digits"
     )
@@ -621,7 +621,7 @@ def test_torchvision_takes_rgb_and_says_that_grey_is_converted(digits):
         assert new_classifier(parse("squeezenet1_1"), digits).card == classifier.card
     assert lines[0] == "INFO: tv:squeezenet1_1 takes RGB: the grey images are converted"
     pre = classifier.card.preprocess
-    assert (pre.channels, pre.mean) == (3, digits.mean_and_std()[0] * 3)
+    assert (pre.channels, pre.mean) == (3, digits.mean_and_std[0] * 3)
     assert classifier.eval()(digits.test.pixels[:2]).shape == (2, 10)
 
 
@@ -633,11 +633,14 @@ def test_a_sketch_tells_all_but_the_weights(digits, name):
     assert sketch.byte_count == whole.byte_count
 
 
-def test_networks_that_take_grey_convert_nothing_and_log_nothing(digits):
+def test_networks_that_take_grey_convert_nothing_and_only_say_which_library_was_taken(digits):
     with logged() as lines:
         new_classifier(parse("lenet"), digits)
+        new_classifier(parse("timm:resnet18"), digits)
         new_classifier(parse("resnet18"), digits)
-    assert lines == []
+    assert lines == [
+        "INFO: resnet18 is in timm and in torchvision: timm's is taken (tv:resnet18 names the other)"
+    ]
 
 
 def named(data: Dataset, classes: tuple[str, ...]) -> Dataset:
@@ -677,7 +680,7 @@ def test_a_classifier_of_other_classes_is_refused_with_both_lists(digits, classe
 def test_the_logits_are_those_of_the_network_alone(digits):
     """A reference without any of the project's code between the pixels and the network."""
     classifier = new_classifier(parse("lenet"), digits).eval()
-    (mean,), (std,) = digits.mean_and_std()
+    (mean,), (std,) = digits.mean_and_std
     x = F.interpolate(digits.test.pixels[:8].float() / 255, (28, 28), mode="bilinear")
     with torch.no_grad():
         expected: Tensor = classifier.net((x - mean) / std)

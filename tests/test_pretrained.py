@@ -392,7 +392,7 @@ def test_a_bare_name_without_weights_starts_from_scratch_and_says_so(
     assert lines == [f"WARNING: {parse(name).label} starts from scratch: {why}"]
     assert not classifier.pretrained
     assert classifier.card.form == "stock"
-    assert classifier.card.preprocess.mean == large.mean_and_std()[0]
+    assert classifier.card.preprocess.mean == large.mean_and_std[0]
 
 
 def test_an_own_network_has_no_published_weights(digits):

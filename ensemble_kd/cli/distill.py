@@ -38,6 +38,7 @@ _FLAGS = (
     "stem",
     "train_teachers",
     "seed",
+    "teacher_seed",
     "device",
     "offline",
     "out",
@@ -80,5 +81,5 @@ def _show(result: DistillResult, as_json: bool) -> None:
     print(f"\ntook {took:.0f} s; curves in {result.folder / 'curves.png'}", file=sys.stderr)
     hint_next(
         ["ekd", "analyze-agreement", result.folder],
-        ["ekd", "evaluate", result.folder / "student.safetensors", "--data", result.metrics["data"]],
+        ["ekd", "evaluate", result.folder],
     )

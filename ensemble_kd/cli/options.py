@@ -17,6 +17,7 @@ from ensemble_kd.errors import EkdError
 from ensemble_kd.schema import Options
 
 STOPPED = 75
+_TABLES = {"temperature": "T|NAME=T,...", "teacher_size": "NAME=N,..."}
 
 Config = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="YAML file with any of the options")
@@ -72,6 +73,8 @@ def _parameter(
 ) -> inspect.Parameter:
     field = _field(model, SHORT.get(name, name))
     text = field.description or ""
+    if SHORT.get(name, "").startswith("teacher_training."):
+        text = f"for teachers trained here: {text}"
     plain = field.default
     if isinstance(plain, (str, int, float)) and not isinstance(plain, bool) and plain not in ("",):
         text += f"; default {plain}"
@@ -84,7 +87,8 @@ def _parameter(
     elif positional:
         hint, default = Annotated[str | None, typer.Argument(help=text, metavar=name.upper())], None
     elif _takes_several(field.default, name):
-        hint, default = Annotated[list[str] | None, typer.Option(flag, help=text, metavar="A,B")], None
+        metavar = _TABLES.get(name, "A,B")
+        hint, default = Annotated[list[str] | None, typer.Option(flag, help=text, metavar=metavar)], None
     else:
         hint, default = Annotated[str | None, typer.Option(flag, help=text, metavar=_metavar(field))], None
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
@@ -120,7 +124,7 @@ def guarded(work: Callable[[], None], *, quiet: bool, debug: bool) -> None:
             print(f"error: {problem}", file=sys.stderr)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        print("stopped: what was finished is kept; `ekd resume RUN` goes on", file=sys.stderr)
+        print("stopped: what was finished is kept", file=sys.stderr)
         raise typer.Exit(STOPPED) from None
     except typer.Exit:
         raise

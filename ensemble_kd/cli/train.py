@@ -41,5 +41,5 @@ def train(given: dict[str, Any], config: Path | None, sets: list[str], as_json: 
     data = ["--data", result.metrics["data"]]
     hint_next(
         ["ekd", "distill", "--teachers", result.folder, "--student", "lenet", *data],
-        ["ekd", "evaluate", result.folder, *data],
+        ["ekd", "evaluate", result.folder],
     )

@@ -100,17 +100,17 @@ class Dataset:
         digests = [split.digest for split in (self.train, self.val, self.test)]
         return hashlib.sha256(repr((self.classes, digests)).encode()).hexdigest()
 
+    @cached_property
     def mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of the training pixels by channel, in [0, 1]."""
-        total = torch.zeros(self.channels, dtype=torch.float64)
-        squares = torch.zeros(self.channels, dtype=torch.float64)
-        count = 0
-        for batch in self.train.batches(4096):
-            values = batch.pixels.double().transpose(0, 1).flatten(1) / 255
-            total, squares = total + values.sum(dim=1), squares + values.square().sum(dim=1)
-            count += values.shape[1]
-        mean = total / count
-        std = (squares / count - mean.square()).clamp(min=1e-8).sqrt()
+        counts = torch.zeros(self.channels, 256, dtype=torch.float64)
+        for batch in self.train.batches(1024):  # counts of bytes: exact, and small for images of any size
+            for channel, pixels in enumerate(batch.pixels.transpose(0, 1)):
+                counts[channel] += torch.bincount(pixels.flatten(), minlength=256).cpu()
+        share = counts / counts.sum(dim=1, keepdim=True)
+        level = torch.arange(256, dtype=torch.float64) / 255
+        mean = share @ level
+        std = (share @ level.square() - mean.square()).clamp(min=1e-8).sqrt()
         return tuple(mean.tolist()), tuple(std.tolist())
 
     def limit_train(self, count: int) -> Dataset:

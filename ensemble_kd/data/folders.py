@@ -223,10 +223,14 @@ def _why_broken(path: Path, error: Exception) -> str:
 
 
 def default_size(folder: Folder) -> tuple[int, int]:
-    """(height, width) to decode to: the images' own if all agree, else a square of the median side."""
+    """(height, width) to decode to: the images' own if all agree, else a square of the median side.
+
+    Neither is larger than a square of 224 pixels; `image_size` asks for more.
+    """
     if len(folder.shapes) == 1:
         width, height = next(iter(folder.shapes))
-        return height, width
+        if width * height <= MAX_DEFAULT_SIZE**2:
+            return height, width
     sides = [min(size) for size, count in folder.shapes.items() for _ in range(count)]
     side = min(MAX_DEFAULT_SIZE, int(median(sides)))
     return side, side
@@ -240,8 +244,9 @@ def decode(folder: Folder, split: str, size: tuple[int, int], first_id: int = 0)
     """
     files = folder.files[split]
     channels = 1 if folder.grey else 3
-    _check_memory(len(files) * channels * size[0] * size[1], folder.root)
-    pixels = np.empty((len(files), *size, channels), dtype=np.uint8)
+    total = sum(map(len, folder.files.values()))
+    _check_memory((total if first_id == 0 else 0) * channels * size[0] * size[1], folder.root)
+    pixels = np.empty((len(files), channels, *size), dtype=np.uint8)
     broken: list[Problem] = []
     starts = range(0, len(files), _BLOCK)
 
@@ -258,11 +263,11 @@ def decode(folder: Folder, split: str, size: tuple[int, int], first_id: int = 0)
         raise DataError(folder.errors)
     labels = torch.tensor([label for _, label in files], dtype=torch.int64)
     ids = torch.arange(first_id, first_id + len(files))
-    return Images(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), labels, ids)
+    return Images(torch.from_numpy(pixels), labels, ids)
 
 
 def _decode_block(paths: Sequence[Path], out: np.ndarray) -> list[Problem]:
-    height, width, channels = out.shape[1:]
+    channels, height, width = out.shape[1:]
     broken = []
     for path, target in zip(paths, out, strict=True):
         try:
@@ -270,7 +275,7 @@ def _decode_block(paths: Sequence[Path], out: np.ndarray) -> list[Problem]:
                 upright = _eight_bits(ImageOps.exif_transpose(image), "L" if channels == 1 else "RGB")
             if upright.size != (width, height):
                 upright = ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR)
-            target[:] = np.asarray(upright).reshape(target.shape)
+            target[:] = np.asarray(upright).reshape(height, width, channels).transpose(2, 0, 1)
         except Exception as error:  # Pillow's decoders raise many kinds
             broken.append(
                 Problem(f"cannot read {path}", _why_broken(path, error), "replace or delete the file")
@@ -309,13 +314,22 @@ def load_folder(
 
 
 def _check_memory(needed: int, root: Path) -> None:
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > 0.8 * free:
+    free = _available_memory()
+    if free is not None and needed > 0.8 * free:
         raise DataError(
             f"the images of {root} do not fit into memory",
             f"decoded they take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
             "decode them smaller: --image-size 64",
         )
+
+
+def _available_memory() -> int | None:
+    """Bytes that can be had without swapping; None where the system does not say (it is Linux that does)."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
 
 
 def _pool() -> ThreadPoolExecutor:

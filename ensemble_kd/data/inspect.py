@@ -60,7 +60,7 @@ def _describe(data: Dataset, sheet: str | Path | None) -> dict[str, Any]:
         name: _counts(split, data.classes)
         for name, split in (("train", data.train), ("val", data.val), ("test", data.test))
     }
-    mean, std = data.mean_and_std()
+    mean, std = data.mean_and_std
     if sheet is not None:
         draw_sheet(data, Path(sheet))
     height, width = data.train.pixels.shape[2:]
