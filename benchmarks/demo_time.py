@@ -29,17 +29,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=3)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--warm", type=int, default=3)
+    arguments = parser.parse_args()
     seconds: dict[str, list[float]] = {"cold": [], "warm": []}
-    for _ in range(repeats):
+    for _ in range(arguments.repeats):
         with tempfile.TemporaryDirectory() as folder:
-            for kind in seconds:
+            for kind in ["cold", *["warm"] * arguments.warm]:
                 seconds[kind].append(run(folder))
     for kind, values in seconds.items():
-        print(
-            f"{kind}: median {statistics.median(values):.1f} s ({min(values):.1f} … {max(values):.1f}, n={repeats})"
-        )
+        spread = f"{min(values):.1f} … {max(values):.1f}, n={len(values)}"
+        print(f"{kind}: median {statistics.median(values):.1f} s ({spread})")
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     ).stdout.strip()

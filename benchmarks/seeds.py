@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from scipy import stats
 
 from ensemble_kd import files
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("options", nargs="*")
     arguments = parser.parse_intermixed_args()
     log_to_stderr()
+    commit = commit_now()  # before anything runs: the sources may change meanwhile
     runs, seconds = [], []
     for seed in map(int, arguments.seeds.split(",")):
         started = time.perf_counter()
@@ -54,7 +56,7 @@ def main() -> None:
         seconds.append(time.perf_counter() - started)
     summary = summarise(runs)
     print(table(summary, runs, seconds))
-    files.write_json(RESULTS / f"{arguments.name}.json", summary | about(arguments, runs, seconds))
+    files.write_json(RESULTS / f"{arguments.name}.json", summary | about(arguments, runs, seconds, commit))
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -87,7 +89,7 @@ def table(summary: dict[str, Any], runs: list[dict[str, Any]], seconds: list[flo
         for column, scale in COLUMNS.items():
             digits, unit = (2, " %") if scale == 100 else (4, "")
             cells.append(
-                f"{scale * row[column]['mean']:.{digits}f} ± {scale * row[column]['sd']:.{digits}f}{unit}"
+                f"{abs(scale * row[column]['mean']):.{digits}f} ± {scale * row[column]['sd']:.{digits}f}{unit}"
             )
         rows.append([label, *cells, f"{row['parameters']:,}"])
     title = f"{runs[0]['data']}, test split, {runs[0]['n']:,} images, {len(runs)} seeds, mean ± sd"
@@ -101,11 +103,16 @@ def table(summary: dict[str, Any], runs: list[dict[str, Any]], seconds: list[flo
     return "\n".join(lines)
 
 
-def about(arguments: argparse.Namespace, runs: list[dict[str, Any]], seconds: list[float]) -> dict[str, Any]:
+def commit_now() -> str:
+    """The short hash of the checked-out commit."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def about(
+    arguments: argparse.Namespace, runs: list[dict[str, Any]], seconds: list[float], commit: str
+) -> dict[str, Any]:
     """Where the figures come from."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
     return {
         "command": " ".join(["python", "benchmarks/seeds.py", *sys.argv[1:]]),
         "data": runs[0]["data"],
@@ -114,6 +121,7 @@ def about(arguments: argparse.Namespace, runs: list[dict[str, Any]], seconds: li
         "seconds": seconds,
         "parts": [run["seconds"] for run in runs],
         "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
+        "threads": torch.get_num_threads(),
         "commit": commit,
     }
 
