@@ -340,7 +340,8 @@ def warmup_cosine(total: int, warmup: int) -> Callable[[int], float]:
 
 def _tell(description: str, epochs: int, row: dict[str, Any], advance: Callable[..., None]) -> None:
     val = row["val"]
-    note = " ".join(f"{name[:4]} {val[name]:.3f}" for name in ("accuracy", "loss") if name in val)
+    shown = {"acc": "accuracy", "loss": "loss"}
+    note = " ".join(f"{short} {val[name]:.3f}" for short, name in shown.items() if name in val)
     advance(0, note=note)
     log.debug(
         "%s  epoch %d/%d  val %s  %.1f s  %d img/s",

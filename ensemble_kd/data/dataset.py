@@ -102,7 +102,7 @@ class Dataset:
 
     @cached_property
     def mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of the training pixels by channel, in [0, 1]."""
+        """Mean and standard deviation of the training pixels by channel, in [0, 1], to six digits."""
         counts = torch.zeros(self.channels, 256, dtype=torch.float64)
         for batch in self.train.batches(1024):  # counts of bytes: exact, and small for images of any size
             for channel, pixels in enumerate(batch.pixels.transpose(0, 1)):
@@ -111,7 +111,8 @@ class Dataset:
         level = torch.arange(256, dtype=torch.float64) / 255
         mean = share @ level
         std = (share @ level.square() - mean.square()).clamp(min=1e-8).sqrt()
-        return tuple(mean.tolist()), tuple(std.tolist())
+        # Rounded, so that a card and a library key are the same on every machine.
+        return tuple(round(v, 6) for v in mean.tolist()), tuple(round(v, 6) for v in std.tolist())
 
     def limit_train(self, count: int) -> Dataset:
         """The same data with the first `count` training images of a fixed stratified draw."""
