@@ -65,6 +65,7 @@ def _build(
     if not is_file(name.weights) and name.weights != "own" and not scratch:
         loaded = _published(name, classes, channels, size, form, offline)
     if loaded is not None:
+        log.info("%s starts from %s", name.label, loaded.origin)
         pre = Preprocess(loaded.channels, (loaded.size, loaded.size), loaded.mean, loaded.std)
         net = loaded.net
     else:
