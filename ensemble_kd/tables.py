@@ -39,6 +39,10 @@ def text_table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: str
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()).strip("\n")
 
 
+def _ratio(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+
 def _plain(cell: str) -> Text:
     """Text, so that a name is never read as markup, and on one line whatever is in it."""
     return Text("".join(c if c.isprintable() else "\ufffd" for c in cell))
@@ -62,7 +66,7 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
     parts = [text_table(headers, rows, title)]
     if "times_smaller" in metrics:
         parts.append(
-            f"The student is {metrics['times_smaller']:.0f} times smaller than the teachers together."
+            f"The student is {_ratio(metrics['times_smaller'])} times smaller than the teachers together."
         )
         parts.append(verdict(metrics["differences"]))
     return "\n".join(parts)
