@@ -33,8 +33,8 @@ def evaluate(
     """Accuracy, top-5, NLL and ECE of a model on a source's test split, with 95 % intervals.
 
     Args:
-        path: a run folder, a `.safetensors` file, or the name of a teacher in the library. A run is
-            judged on its own data and splits unless `options` say otherwise.
+        path: a run folder, a `.safetensors` file, or the name of a teacher in the library. A run, or
+            a file in its folder, is judged on the run's data and splits unless `options` say otherwise.
         config_file: YAML with any of the options.
         sets: assignments such as `"on=val"`.
         options: the other fields of `schema.EvaluateOptions`.
@@ -60,9 +60,9 @@ def evaluate(
     return {"data": data.name, "split": chosen.on, "n": len(split), "models": {label_of(chosen.path): row}}
 
 
-def _data_of_run(folder: Path) -> dict[str, Any]:
-    """The data options of a run, so that its test images are the same again; none where it is no run."""
-    config = folder / "config.yaml"
+def _data_of_run(path: Path) -> dict[str, Any]:
+    """The data options of a run or of the run that a file lies in, so that its test images are the same."""
+    config = (path if path.is_dir() else path.parent) / "config.yaml"
     if not config.is_file():
         return {}
     return {k: v for k, v in read_yaml(config).items() if k in DataOptions.model_fields and v is not None}

@@ -305,6 +305,8 @@ def test_a_run_is_judged_on_its_own_test_images(finished):
     data = ensemble_kd.load_data("digits", limit_train=600)
     row = ensemble_kd.evaluate(finished.folder)["models"]["finished"]
     assert row["accuracy"] == finished.metrics["models"]["student"]["accuracy"]
+    by_file = ensemble_kd.evaluate(finished.folder / "student.safetensors")["models"]["finished"]
+    assert by_file == row
     on_val = ensemble_kd.evaluate(finished.folder, on="val")
     assert on_val["n"] == len(data.val)
 
