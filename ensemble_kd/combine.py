@@ -1,8 +1,12 @@
 """Several teachers' logits to one soft target: weights times a pool.
 
-Shapes: `K` teachers, `B` batch, `C` classes; weights are non-negative and sum to 1 over `K`.
-Temperatures are one a teacher, so every pool tempers first. For probabilities the order matters
-(tempering the mean is something else); for logits it does not.
+Shapes: `K` teachers, `B` batch, `C` classes. Weights are (K,), or (K, B) where they differ by sample;
+they are non-negative and sum to 1 over the teachers. Temperatures are one a teacher.
+
+Targets are log-probabilities: finite for finite logits, also where the probabilities underflow.
+
+At a common temperature Σ_k w_k KL(p_k ‖ q) and KL(Σ_k w_k p_k ‖ q) differ by a constant in q, so every
+scheme that weighs the teachers' divergences is a set of weights for one target.
 """
 
 from __future__ import annotations
@@ -10,42 +14,132 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+Weights = Float[Tensor, " K"] | Float[Tensor, "K B"]
 Pool = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def uniform_weights(count: int) -> Float[Tensor, " K"]:
-    """The same weight for each of `count` teachers."""
-    return torch.full((count,), 1.0 / count)
-
-
 def pool_probabilities(
-    logits: Float[Tensor, "K B C"], weights: Float[Tensor, " K"], temperatures: Float[Tensor, " K"]
+    logits: Float[Tensor, "K B C"], weights: Weights, temperatures: Float[Tensor, " K"]
 ) -> Float[Tensor, "B C"]:
-    """Σ_k w_k softmax(z_k / T_k): the mixture that Σ_k w_k KL(p_k ‖ q) pulls the student to."""
-    probabilities = torch.softmax(logits / temperatures[:, None, None], dim=2)
-    return torch.einsum("k,kbc->bc", weights, probabilities)
+    """log Σ_k w_k softmax(z_k / T_k): the mixture that Σ_k w_k KL(p_k ‖ q) pulls the student to."""
+    log_p = torch.log_softmax(logits / temperatures[:, None, None], dim=2)
+    return torch.logsumexp(log_p + _by_sample(weights).log(), dim=0)
 
 
 def pool_logits(
-    logits: Float[Tensor, "K B C"], weights: Float[Tensor, " K"], temperatures: Float[Tensor, " K"]
+    logits: Float[Tensor, "K B C"], weights: Weights, temperatures: Float[Tensor, " K"]
 ) -> Float[Tensor, "B C"]:
-    """softmax(Σ_k w_k z_k / T_k): the normalised geometric mean of the tempered outputs."""
-    return torch.softmax(torch.einsum("k,kbc->bc", weights / temperatures, logits), dim=1)
+    """log softmax(Σ_k w_k z_k / T_k): the normalised geometric mean of the tempered outputs."""
+    largest = logits.amax(dim=2, keepdim=True)  # taken away, so that large logits keep their digits
+    scaled = (logits - largest) / temperatures[:, None, None]
+    return torch.log_softmax((scaled * _by_sample(weights)).sum(dim=0), dim=1)
 
 
-POOLS: dict[str, Pool] = {"prob": pool_probabilities, "logit": pool_logits}
+def pool_then_temper(
+    logits: Float[Tensor, "K B C"], weights: Weights, temperatures: Float[Tensor, " K"]
+) -> Float[Tensor, "B C"]:
+    """log softmax(log Σ_k w_k softmax(z_k) / T), T the weighted mean of the teachers' temperatures."""
+    pooled = pool_probabilities(logits, weights, torch.ones_like(temperatures))
+    return temper(pooled, _mean_temperature(weights, temperatures))
+
+
+POOLS: dict[str, Pool] = {
+    "prob": pool_probabilities,
+    "logit": pool_logits,
+    "pool-then-temper": pool_then_temper,
+}
 
 
 def combine(
     logits: Float[Tensor, "K B C"],
-    weights: Float[Tensor, " K"],
+    weights: Weights,
     temperatures: Float[Tensor, " K"],
     pool: str = "prob",
+    *,
+    known: Bool[Tensor, "K C"] | None = None,
+    after: float = 1.0,
 ) -> Float[Tensor, "B C"]:
-    """One soft target from the stacked teachers, by the `pool` of that name (see `POOLS`)."""
+    """One soft target from the stacked teachers, as log-probabilities.
+
+    Args:
+        logits: of each teacher; what stands at classes that a teacher does not know is not read.
+        weights: of the teachers, for all samples or for each.
+        temperatures: what each teacher's logits are divided by.
+        pool: a name of `POOLS`.
+        known: which classes each teacher knows; None if all know all (see `pool_partial`).
+        after: a temperature applied once more to the pooled target (Rahaman and Thiery 2021).
+
+    Raises:
+        ValueError: teachers that know some classes only, with the pool of logits.
+    """
     logits = logits.float() if logits.dtype.itemsize < 4 else logits
     weights, temperatures = weights.to(logits), temperatures.to(logits)
-    return POOLS[pool](logits, weights, temperatures)
+    if known is None:
+        pooled = POOLS[pool](logits, weights, temperatures)
+    elif pool == "logit":
+        raise ValueError("logits of teachers that know some classes only have no common scale")
+    elif pool == "prob":
+        pooled = pool_partial(logits, weights, temperatures, known)
+    else:
+        pooled = pool_partial(logits, weights, torch.ones_like(temperatures), known)
+        pooled = temper(pooled, _mean_temperature(weights, temperatures))
+    return pooled if after == 1 else temper(pooled, after)
+
+
+def temper(log_p: Float[Tensor, "B C"], temperature: float | Tensor) -> Float[Tensor, "B C"]:
+    """log softmax(log p / T), T one number or one a sample."""
+    if isinstance(temperature, Tensor) and temperature.ndim:
+        temperature = temperature[:, None]
+    return torch.log_softmax(log_p / temperature, dim=1)
+
+
+def pool_partial(
+    logits: Float[Tensor, "K B C"],
+    weights: Weights,
+    temperatures: Float[Tensor, " K"],
+    known: Bool[Tensor, "K C"],
+) -> Float[Tensor, "B C"]:
+    """The mixture of teachers of which some know only a part S_k of the classes.
+
+    Such a teacher says how its classes divide their mass, and nothing of how much they have: it has no
+    vote on the rest. The target u is the distribution that this leaves in peace,
+    u = Σ_k w_k (u(S_k) p_k on S_k, and u itself elsewhere): with teachers that know all, the mixture.
+    For each class Σ_{k knows c} w_k (u(S_k) p_k(c) − u(c)) = 0, so u is linear in the K masses
+    m_k = u(S_k), and they solve a K×K system. It has one solution where the known parts overlap into
+    one whole that holds every class.
+    """
+    missing = ~known[:, None, :]
+    tempered = (logits / temperatures[:, None, None]).masked_fill(missing, -torch.inf)
+    p = torch.softmax(tempered.double(), dim=2)
+    w = _by_sample(weights).double() * known[:, None, :]
+    # What teacher k gives to class c per unit of its mass: (K, B, C).
+    given = w * p / w.sum(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+    flows = torch.einsum("ic,kbc->bik", known.double(), given)
+    eye = torch.eye(len(logits), dtype=torch.float64, device=logits.device)
+    system = torch.cat([flows - eye, given.sum(dim=2).T[:, None, :]], dim=1)
+    # Normal equations of "the flows balance, and all mass is 1"; the ridge only serves weights of 0.
+    masses = torch.linalg.solve(system.mT @ system + 1e-14 * eye, system[:, -1])
+    mixed = torch.einsum("bk,kbc->bc", masses.clamp_min(0), given)
+    return mixed.clamp_min(torch.finfo(torch.float64).tiny).log().log_softmax(dim=1).to(logits.dtype)
+
+
+def overlap(known: Bool[Tensor, "K C"]) -> tuple[list[int], bool]:
+    """Which classes no teacher knows, and whether the known parts hang together through shared classes."""
+    nobody = (~known.any(dim=0)).nonzero().flatten().tolist()
+    reached, before = known[0], torch.zeros_like(known[0])
+    while not torch.equal(reached, before):
+        before = reached
+        reached = known[(known & reached).any(dim=1)].any(dim=0)
+    return nobody, bool((reached == known.any(dim=0)).all())
+
+
+def _by_sample(weights: Tensor) -> Tensor:
+    """Weights (K,) or (K, B) as (K, 1, 1) or (K, B, 1)."""
+    return weights[:, None, None] if weights.ndim == 1 else weights[:, :, None]
+
+
+def _mean_temperature(weights: Tensor, temperatures: Tensor) -> Tensor:
+    return (weights.mT if weights.ndim == 2 else weights) @ temperatures

@@ -3,37 +3,32 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ensemble_kd import config, files, recipes
+from ensemble_kd import config, files
 from ensemble_kd.classifier import Classifier
-from ensemble_kd.combine import uniform_weights
 from ensemble_kd.console import log
 from ensemble_kd.curves import draw_curves
-from ensemble_kd.data import load_data
-from ensemble_kd.data.dataset import Dataset
-from ensemble_kd.device import choose_device
-from ensemble_kd.errors import ConfigError, RunError, together
-from ensemble_kd.fit import Objective, Recipe, Viewing, fit
-from ensemble_kd.fresh import for_data, new_classifier
+from ensemble_kd.errors import RunError
+from ensemble_kd.features import FeatureTerm, feature_width
+from ensemble_kd.fit import fit
 from ensemble_kd.models import ModelName, parse
-from ensemble_kd.names import label_of
-from ensemble_kd.results import compare, confident_logits
+from ensemble_kd.objective import Objective
+from ensemble_kd.results import compare
 from ensemble_kd.runs import Run, Stopwatch, surroundings
 from ensemble_kd.schema import DistillOptions
-from ensemble_kd.teachers.ensemble import Ensemble, LiveTargets, StoredTargets, Teacher
+from ensemble_kd.setting import Objects, Setting, prepare, teacher_of
+from ensemble_kd.teachers.combination import best_alone, set_up
+from ensemble_kd.teachers.ensemble import Ensemble, Outputs, Teacher
 from ensemble_kd.teachers.library import recipe_of
-from ensemble_kd.teachers.registry import can_be_trained, check_teacher, load_teacher
+from ensemble_kd.teachers.targets import LiveTargets, StoredTargets
 
-STORED_VIEWS = 16
-STORED_BYTES = 1_000_000_000
 OBJECTS = "distill with objects"
 """The verb in the status of a run that was given Python objects, which no file can bring back."""
 OTHER_SEEDS = 1000
@@ -49,23 +44,11 @@ class DistillResult:
     student: Classifier
 
 
-@dataclass(frozen=True)
-class _Setting:
-    """What all networks of one run share."""
-
-    options: DistillOptions
-    data: Dataset
-    device: torch.device
-    start: Classifier
-    """The student before training; every control starts from the same weights."""
-    recipe: Recipe
-    viewing: Viewing
-
-
 def distill(
     teachers: str | Sequence[str | Teacher] | None = None,
     student: str | Classifier | None = None,
     *,
+    combine: str | Callable[..., Tensor] | None = None,
     config_file: str | Path | None = None,
     sets: Sequence[str] = (),
     **options: Any,
@@ -75,6 +58,8 @@ def distill(
     Args:
         teachers: names (see `models.parse`), or `Teacher` objects.
         student: a name, or an untrained `Classifier`, which is copied.
+        combine: a name of `weighting.COMBINERS`, `py:FILE.py:function`, or a function of your own, which
+            is given those of the inputs listed in `weighting` that it names.
         config_file: YAML with any of the options.
         sets: assignments such as `"training.weight_decay=0.01"`.
         options: the fields of `schema.DistillOptions`; nested ones also by their short names
@@ -88,15 +73,18 @@ def distill(
         EkdError: data, models or files cannot be used.
     """
     listed = [teachers] if isinstance(teachers, str) else teachers
-    objects = {t.label: t for t in listed or () if isinstance(t, Teacher)}
-    given = dict(options)
+    objects = Objects(
+        {t.label: t for t in listed or () if isinstance(t, Teacher)},
+        student if isinstance(student, Classifier) else None,
+        combine if callable(combine) else None,
+    )
+    given = {**options, "combine": None if callable(combine) else combine}
     if listed is not None:
         given["teachers"] = [t.label if isinstance(t, Teacher) else t for t in listed]
     if student is not None:
         given["student"] = student if isinstance(student, str) else student.card.model
     file = Path(config_file) if config_file else None
-    resolved = config.resolve(DistillOptions, given, file=file, sets=sets)
-    return _distill(resolved, objects, student if isinstance(student, Classifier) else None, None)
+    return _distill(config.resolve(DistillOptions, given, file=file, sets=sets), objects, None)
 
 
 def resume(folder: str | Path) -> DistillResult:
@@ -109,7 +97,7 @@ def resume(folder: str | Path) -> DistillResult:
     if run.status()["verb"] == OBJECTS:
         raise RunError(
             f"{folder} cannot be resumed",
-            "it was given teachers or a student as Python objects, which are not in the folder",
+            "it was given teachers, a student or a function as Python objects, which are not in the folder",
             "call distill again with the same objects and overwrite=True",
         )
     if run.status()["verb"] != "distill":
@@ -126,134 +114,72 @@ def resume(folder: str | Path) -> DistillResult:
         )
     options = config.resolve(DistillOptions, {}, file=run.path("config.yaml"))
     run.set_state("running")
-    return _distill(options, {}, None, run)
+    return _distill(options, Objects({}), run)
 
 
-def _distill(
-    options: DistillOptions, objects: dict[str, Teacher], student: Classifier | None, run: Run | None
-) -> DistillResult:
+def _distill(options: DistillOptions, objects: Objects, run: Run | None) -> DistillResult:
     watch = Stopwatch()
-    setting, names = _prepare(options, objects, student)
+    setting, names = prepare(options, objects)
     if run is None:
         resolved = config.to_yaml(
             options,
             augment=setting.viewing.policy,
             views=setting.viewing.count,
             training=setting.recipe.to_json(),
+            combine=setting.combination.name if objects.combine is None else options.combine,
+            temperature=setting.temperatures,
+            soft_weight=options.soft,
             out=None,
             overwrite=False,
         )
-        verb = "distill" if not objects and student is None else OBJECTS
+        verb = OBJECTS if objects else "distill"
         run = Run.create(verb, options.out, f"{options.data}-{options.student}", options.overwrite, resolved)
     log.info("run folder %s", run.folder)
     watch.lap("data")
     with run.working():
-        found = [
-            objects[label] if name is None else _teacher(name, setting, options.teacher_seed)
+        teachers = [
+            objects.teachers[label] if name is None else _teacher(name, setting)
             for label, name in zip(options.teachers, names, strict=True)
         ]
-        ensemble = _ensemble(found, options).to(setting.device)
+        judges = _combined(teachers, setting)
         watch.lap("teachers")
-        networks = _train_networks(run, setting, ensemble, names, watch)
-        metrics = _conclude(run, setting, ensemble, networks, watch)
+        networks = _train_networks(run, setting, judges, names, watch)
+        metrics = _conclude(run, setting, judges, networks, watch)
     return DistillResult(run.folder, metrics, networks["student"])
 
 
-def _prepare(
-    options: DistillOptions, objects: dict[str, Teacher], student: Classifier | None
-) -> tuple[_Setting, list[ModelName | None]]:
-    """Everything that can be wrong is tried before anything is trained or written, and told at once."""
-    texts = [text for text in options.teachers if text not in objects]
-    *parsed, named_student, device, data = together(
-        *(partial(parse, text) for text in texts),
-        partial(parse, options.student) if student is None else lambda: None,
-        partial(choose_device, options.device),
-        partial(load_data, **options.load_arguments()),
+def _teacher(name: ModelName, setting: Setting, seed: int | None = None) -> Teacher:
+    seed = setting.options.teacher_seed if seed is None else seed
+    return teacher_of(name, setting.options, setting.data, seed, setting.device)
+
+
+@dataclass(frozen=True)
+class _Judges:
+    """An ensemble, its logits (K, N, C) on the validation split, and what was fitted there."""
+
+    ensemble: Ensemble
+    val_logits: Tensor
+    report: dict[str, Any]
+
+
+def _combined(teachers: list[Teacher], setting: Setting) -> _Judges:
+    for teacher in teachers:
+        teacher.classifier.to(setting.device)
+    val, options = setting.data.val, setting.options
+    temperatures = torch.tensor([setting.temperatures[teacher.label] for teacher in teachers])
+    logits = torch.stack([teacher.all_logits(val) for teacher in teachers])
+    features = options.feature_weight > 0
+    ensemble, report = set_up(
+        teachers, temperatures, setting.combination, logits, val, seed=options.seed, features=features
     )
-    by_text = dict(zip(texts, parsed, strict=True))
-    names = [by_text.get(text) for text in options.teachers]
-    common: dict[str, Any] = {"stem": options.stem, "offline": options.offline}
-    *_, start = together(
-        partial(_check_controls, options, names),
-        *(partial(for_data, teacher.classifier, data, label) for label, teacher in objects.items()),
-        *(
-            partial(check_teacher, name, data, size=options.teacher_size.get(name.label), **common)
-            for name in parsed
-        ),
-        partial(for_data, student, data, "the student")
-        if student is not None
-        else partial(
-            new_classifier, named_student, data, size=options.student_size, seed=options.seed, **common
-        ),
-    )
-    recipe = recipes.student_recipe(start, len(data.train), options.training.model_dump())
-    viewing = _viewing(options, data, recipe)
-    return _Setting(options, data.to(device), device, start, recipe, viewing), names
-
-
-def _viewing(options: DistillOptions, data: Dataset, recipe: Recipe) -> Viewing:
-    policy = data.augment if options.augment == "auto" else options.augment
-    wanted = 1 if policy == "none" else min(STORED_VIEWS, recipe.epochs)
-    view_bytes = 4 * len(options.teachers) * len(data.train) * len(data.classes)
-    default = min(wanted, STORED_BYTES // view_bytes)  # none fits: teachers run live
-    return Viewing(policy, default if options.views is None else options.views, options.seed)
-
-
-def _check_controls(options: DistillOptions, names: Sequence[ModelName | None]) -> None:
-    if "independent" not in options.controls:
-        return
-    fixed = [
-        label_of(text) for text, name in zip(options.teachers, names, strict=True) if not can_be_trained(name)
-    ]
-    if fixed:
-        raise ConfigError(
-            f"controls: independent teachers cannot be made for {', '.join(fixed)}",
-            "they come with trained weights, so there is no other seed to train",
-            "leave that control out: --controls labels,best-teacher",
-        )
-
-
-def _teacher(name: ModelName, setting: _Setting, seed: int) -> Teacher:
-    options = setting.options
-    return load_teacher(
-        name,
-        setting.data,
-        size=options.teacher_size.get(name.label),
-        stem=options.stem,
-        seed=seed,
-        augment=None if options.augment == "auto" else options.augment,
-        training=options.teacher_training.model_dump(),
-        train=options.train_teachers,
-        device=setting.device,
-        offline=options.offline,
-    )
-
-
-def _ensemble(teachers: list[Teacher], options: DistillOptions) -> Ensemble:
-    table = options.temperature if isinstance(options.temperature, dict) else {}
-    common = (
-        options.temperature
-        if isinstance(options.temperature, float)
-        else DistillOptions.model_fields["temperature"].default
-    )
-    temperatures = torch.tensor([table.get(teacher.label, common) for teacher in teachers])
-    weights = torch.tensor(options.weights) if options.weights else uniform_weights(len(teachers))
-    return Ensemble(teachers, weights, temperatures, options.pool)
-
-
-def _student_temperature(ensemble: Ensemble, options: DistillOptions) -> float:
-    """The student's own: as given, else the weighted mean of the teachers'."""
-    if isinstance(options.temperature, dict) and "student" in options.temperature:
-        return options.temperature["student"]
-    return float((ensemble.weights * ensemble.temperatures).sum())
+    return _Judges(ensemble, logits, report)
 
 
 def _train_networks(
-    run: Run, setting: _Setting, ensemble: Ensemble, names: Sequence[ModelName | None], watch: Stopwatch
+    run: Run, setting: Setting, judges: _Judges, names: Sequence[ModelName | None], watch: Stopwatch
 ) -> dict[str, Classifier]:
     """The student and its controls, each from the same weights, order and views."""
-    val_logits = ensemble.all_logits(setting.data.val)
-    stored: dict[int, Tensor] = {}
+    stored: dict[int, Outputs] = {}
     networks = {}
     for name in ["student", *setting.options.controls]:
         code = parse(setting.options.student) if setting.options.student.startswith("py:") else None
@@ -262,54 +188,64 @@ def _train_networks(
             log.info("%s: finished before", name)
             networks[name] = kept.to(setting.device)
             continue
-        own, own_val, own_stored = ensemble, val_logits, stored
+        own, own_stored = judges, stored
         if name == "best-teacher":
-            own = _best_alone(ensemble, val_logits, setting)
+            best = best_alone(judges.ensemble, judges.val_logits, setting.data.val.known_labels)
+            log.info("best teacher on the validation split: %s", _heaviest(best))
+            own = replace(judges, ensemble=best)
         elif name == "independent":
-            own = replace(ensemble, teachers=_of_other_seeds(names, setting)).to(setting.device)
-            own_val, own_stored = own.all_logits(setting.data.val), {}
-        objective = _objective(name, own, own_val, own_stored, setting)
-        networks[name] = _train(name, objective, setting, run)
-        for teacher in own.teachers:
+            own, own_stored = _combined(_of_other_seeds(names, setting), setting), {}
+        networks[name] = _train(name, own, own_stored, setting, run)
+        for teacher in own.ensemble.teachers:
             teacher.check_unchanged()
         watch.lap(name)
     return networks
 
 
-def _of_other_seeds(names: Sequence[ModelName | None], setting: _Setting) -> list[Teacher]:
+def _heaviest(ensemble: Ensemble) -> str:
+    return ensemble.teachers[int(ensemble.weights.argmax())].label
+
+
+def _of_other_seeds(names: Sequence[ModelName | None], setting: Setting) -> list[Teacher]:
     """Teachers of the same names and other seeds."""
     default = setting.options.teacher_seed
     seeds = [(name, default if name.seed is None else name.seed) for name in names if name is not None]
     return [_teacher(replace(name, seed=seed + OTHER_SEEDS), setting, seed) for name, seed in seeds]
 
 
-def _best_alone(ensemble: Ensemble, val_logits: Tensor, setting: _Setting) -> Ensemble:
-    """The same teachers with all weight on the one of the highest validation accuracy."""
-    accuracies = (val_logits.argmax(dim=2) == setting.data.val.known_labels).double().mean(dim=1)
-    best = int(accuracies.argmax())
-    log.info("best teacher on the validation split: %s", ensemble.teachers[best].label)
-    weights = torch.zeros_like(ensemble.weights)
-    weights[best] = 1
-    return replace(ensemble, weights=weights)
-
-
 def _objective(
-    name: str, ensemble: Ensemble, val_logits: Tensor, stored: dict[int, Tensor], setting: _Setting
+    name: str, network: Classifier, judges: _Judges, stored: dict[int, Outputs], setting: Setting
 ) -> Objective:
-    train, viewing = setting.data.train, setting.viewing
-    alone = name == "labels"
-    targets = StoredTargets(ensemble, train, viewing, stored) if viewing.count else LiveTargets(ensemble)
+    options, viewing, alone = setting.options, setting.viewing, name == "labels"
+    ensemble = judges.ensemble.for_measuring() if alone else judges.ensemble
+    targets = (
+        StoredTargets(ensemble, setting.transfer, viewing, stored) if viewing.count else LiveTargets(ensemble)
+    )
+    # The control on labels needs no targets; stored ones of its images are looked up for its curve.
+    measured = not alone or (viewing.count > 0 and not options.unlabelled_only)
     return Objective(
-        soft_weight=0.0 if alone else setting.options.soft_weight,
-        temperature=_student_temperature(ensemble, setting.options),
-        # The control on labels needs no targets; stored ones are looked up for its curve.
-        targets=targets if viewing.count or not alone else None,
-        val_target=ensemble.target(val_logits),
+        soft_weight=0.0 if alone else options.soft,
+        temperature=setting.temperatures.get("student", ensemble.student_temperature),
+        targets=targets if measured else None,
+        val_target=ensemble.target(judges.val_logits),
+        loss=options.loss,
+        numbers=options.loss_numbers.model_dump(exclude_none=True),
+        schedule="constant" if alone else options.soft_schedule,
+        span=options.soft_epochs,
+        features=_feature_term(network, ensemble, setting) if ensemble.features and not alone else None,
+        weights_vary=ensemble.weigh is not None and not alone,
     )
 
 
-def _train(name: str, objective: Objective, setting: _Setting, run: Run) -> Classifier:
-    network = copy.deepcopy(setting.start)
+def _feature_term(network: Classifier, ensemble: Ensemble, setting: Setting) -> FeatureTerm:
+    widths = [feature_width(teacher.classifier, teacher.label) for teacher in ensemble.teachers]
+    own = feature_width(network, "the student")
+    term = FeatureTerm(own, widths, setting.options.feature_weight, setting.options.seed)
+    return term.to(setting.device)
+
+
+def _train(name: str, judges: _Judges, stored: dict[int, Outputs], setting: Setting, run: Run) -> Classifier:
+    network = copy.deepcopy(setting.start).to(setting.device)
     description = name if name == "student" else f"control {name}"
     log.info(
         "%s: training %s on %s, %d epochs",
@@ -320,28 +256,36 @@ def _train(name: str, objective: Objective, setting: _Setting, run: Run) -> Clas
     )
     history = fit(
         network,
-        setting.data.train,
+        setting.data.train if name == "labels" else setting.transfer,
         setting.data.val,
         setting.recipe,
-        objective,
+        _objective(name, network, judges, stored, setting),
         setting.viewing,
         seed=setting.options.seed,
         device=setting.device,
         description=description,
     )
+    labels = [teacher.label for teacher in judges.ensemble.teachers]
+    for row in history:
+        if "weights" in row:
+            row["weights"] = dict(zip(labels, row["weights"], strict=True))
     run.keep_network(name, network, history)
     return network
 
 
 def _conclude(
-    run: Run, setting: _Setting, ensemble: Ensemble, networks: dict[str, Classifier], watch: Stopwatch
+    run: Run,
+    setting: Setting,
+    judges: _Judges,
+    networks: dict[str, Classifier],
+    watch: Stopwatch,
 ) -> dict[str, Any]:
     """Measure everything on the test split, once, and write what the run leaves."""
-    test = setting.data.test
+    test, ensemble = setting.data.test, judges.ensemble
     stacked = ensemble.all_logits(test)
     members = {teacher.label: teacher.classifier for teacher in ensemble.teachers}
     metrics, logits = compare(
-        networks, members, stacked, confident_logits(ensemble.target(stacked).plain), test
+        networks, members, stacked, ensemble.target(stacked).plain, test, ensemble.known
     )
     watch.lap("test")
     unchanged = {teacher.label: teacher.check_unchanged() for teacher in ensemble.teachers}
@@ -353,6 +297,7 @@ def _conclude(
         "split": "test",
         "n": len(test),
         **metrics,
+        "combination": {**judges.report, "mean_weights": _last_weights(run)},
         "seconds": watch.seconds,
     }
     manifest = surroundings(setting.device) | {
@@ -370,6 +315,7 @@ def _conclude(
                 "after": unchanged[t.label],
                 "recipe": recipe_of(Path(t.origin)),
                 "preprocess": t.classifier.card.to_json()["preprocess"],
+                "class_map": t.class_map and t.class_map.groups,
             }
             for t in ensemble.teachers
         ],
@@ -378,3 +324,9 @@ def _conclude(
     files.write_json(run.path("manifest.json"), manifest)
     files.write_json(run.path("metrics.json"), metrics)
     return metrics
+
+
+def _last_weights(run: Run) -> dict[str, float] | None:
+    """The teachers' mean weights in the student's last epoch, where they differed by batch."""
+    rows = [row for row in run.history() if row["network"] == "student"]
+    return rows[-1].get("weights") if rows else None

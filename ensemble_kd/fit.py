@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, Protocol
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,10 @@ from ensemble_kd.console import log, progress
 from ensemble_kd.data import views
 from ensemble_kd.data.dataset import Dataset, Images
 from ensemble_kd.errors import TrainingError
+from ensemble_kd.features import FeatureTap
 from ensemble_kd.initialise import unit_variance
-from ensemble_kd.losses import distillation_loss, soft_cross_entropy
+from ensemble_kd.losses import UNLABELLED, soft_cross_entropy
+from ensemble_kd.objective import Objective, Target, Viewing
 
 EVAL_BATCH = 512
 _INIT_BATCH = 128
@@ -45,63 +47,6 @@ class Recipe:
         return asdict(self)
 
 
-class Target(NamedTuple):
-    """The ensemble's probabilities for a batch, (B, C): what is distilled, and those at temperature 1."""
-
-    soft: Tensor
-    plain: Tensor
-
-
-class TargetSource(Protocol):
-    """Gives the soft target of a batch of views."""
-
-    def __call__(self, batch: Images, index: Tensor, view_id: int) -> Target:
-        """`batch` holds view `view_id` of the training samples at positions `index`."""
-        ...
-
-
-@dataclass(frozen=True)
-class Objective:
-    """(1 − w) · CE(labels) + w · T² · KL(target ‖ student); see `losses.distillation_loss`."""
-
-    soft_weight: float = 0.0
-    temperature: float = 1.0
-    targets: TargetSource | None = None
-    """Where the soft targets of training batches come from; with w = 0 they are only measured."""
-    val_target: Target | None = None
-    """The soft target of the whole validation split."""
-
-    def __call__(
-        self, logits: Tensor, labels: Tensor | None, target: Tensor | None, smoothing: float
-    ) -> Tensor:
-        return distillation_loss(
-            logits,
-            labels,
-            target,
-            soft_weight=self.soft_weight,
-            temperature=self.temperature,
-            label_smoothing=smoothing,
-        )
-
-
-@dataclass(frozen=True)
-class Viewing:
-    """Which views the epochs use: epoch e takes view e mod `count`, or a fresh one where `count` is 0."""
-
-    policy: str
-    count: int
-    seed: int
-
-    def id_of(self, epoch: int) -> int:
-        """The view of an epoch."""
-        return epoch % self.count if self.count else epoch
-
-    def apply(self, batch: Images, view_id: int) -> Images:
-        """That view of the batch."""
-        pixels = views.view(batch.pixels, batch.ids, policy=self.policy, seed=self.seed, view_id=view_id)
-        return Images(pixels, batch.labels, batch.ids)
-
-
 def fit(
     model: Classifier,
     train: Images,
@@ -118,14 +63,17 @@ def fit(
 
     Args:
         model: with its weights initialised; moved to `device` and left there in eval mode.
-        train: the samples that gradients come from; labels may be None at soft weight 1.
+        train: the samples that gradients come from; labels may be None at soft weight 1, and
+            `losses.UNLABELLED` below it.
         val: held-out samples, measured after each epoch; nothing is selected by them.
         seed: of the order of samples and of dropout.
         description: of the progress bar.
 
     Returns:
         One row an epoch: `train` and `val` with `accuracy`, `loss` and, where there are targets,
-        `teacher_student_cross_entropy` at temperature 1 (nats); `lr`, `seconds`, `images_per_second`.
+        `teacher_student_cross_entropy` at temperature 1 (nats); `lr`, `soft_weight`, `seconds`,
+        `images_per_second`; `weights`, the teachers' mean weights, where they differ by batch; with a
+        feature term `train` has its `feature_loss`, and the validation loss is without it.
 
     Raises:
         TrainingError: the loss became infinite or NaN.
@@ -138,16 +86,19 @@ def fit(
     if recipe.init == "unit-variance":
         _initialise(model, train, seed)
     history = []
-    with progress(description, recipe.epochs * steps_an_epoch) as advance, _own_random_state(device):
+    tapped = FeatureTap(model, "the student") if objective.features else nullcontext()
+    with progress(description, recipe.epochs * steps_an_epoch) as advance, _own_random_state(device), tapped:
         torch.manual_seed(seed)  # dropout; everything else has its own hash
-        stepper = _Stepper(model, recipe, steps_an_epoch, advance)
+        stepper = _Stepper(model, recipe, objective, steps_an_epoch, advance)
         for epoch in range(recipe.epochs):
             started, rate = time.perf_counter(), stepper.rate
-            measured = _train_epoch(model, train, recipe, objective, viewing, epoch, seed, stepper)
+            weight = objective.weight(epoch, recipe.epochs)
+            passed = _Pass(model, train, recipe, objective, viewing, epoch, weight, seed)
+            measured = passed.run(stepper, tapped)
             seconds = time.perf_counter() - started
             if epoch == recipe.epochs - 1:
                 stepper.take_average()
-            validated = _validate(model, val, objective)
+            validated = _validate(model, val, objective, weight)
             _check_finite((measured["loss"], validated["loss"]), description, epoch, recipe)
             row = {
                 "epoch": epoch + 1,
@@ -155,8 +106,10 @@ def fit(
                 "train": measured,
                 "val": validated,
                 "lr": rate,
+                "soft_weight": weight,
                 "seconds": seconds,
                 "images_per_second": steps_an_epoch * min(recipe.batch_size, len(train)) / seconds,
+                **passed.mean_weights(),
             }
             history.append(row)
             _tell(description, recipe.epochs, row, advance)
@@ -180,10 +133,16 @@ class _Stepper:
     """One optimiser step at a time: clipping, schedule and the running average of the weights."""
 
     def __init__(
-        self, model: Classifier, recipe: Recipe, steps_an_epoch: int, advance: Callable[..., None]
+        self,
+        model: Classifier,
+        recipe: Recipe,
+        objective: Objective,
+        steps_an_epoch: int,
+        advance: Callable[..., None],
     ) -> None:
         self.model, self.recipe, self.advance = model, recipe, advance
-        self.optimizer = make_optimizer(model, recipe)
+        self.trained = nn.ModuleList([model] + ([objective.features] if objective.features else []))
+        self.optimizer = make_optimizer(self.trained, recipe)
         scale = warmup_cosine(recipe.epochs * steps_an_epoch, round(recipe.warmup_epochs * steps_an_epoch))
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, scale)
         self.average = None
@@ -201,7 +160,7 @@ class _Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.recipe.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+            nn.utils.clip_grad_norm_(self.trained.parameters(), self.recipe.clip_norm)
         self.optimizer.step()
         self.scheduler.step()
         if self.average is not None:
@@ -249,56 +208,82 @@ def train_on_labels(
     )
 
 
-def _train_epoch(
-    model: Classifier,
-    train: Images,
-    recipe: Recipe,
-    objective: Objective,
-    viewing: Viewing,
-    epoch: int,
-    seed: int,
-    step: Callable[[Tensor], None],
-) -> dict[str, float]:
+@dataclass
+class _Pass:
     """One pass in a hashed order; sums stay on the device until the end, so the loop never waits."""
-    model.train()
-    device = train.pixels.device
-    uses_labels = objective.soft_weight < 1
-    view_id = viewing.id_of(epoch)
-    order = views.order(seed, epoch, len(train), device)
-    size = min(recipe.batch_size, len(train))
-    sums = torch.zeros(3, device=device)
-    steps = len(train) // size
-    for number in range(steps):
-        index = order[number * size : (number + 1) * size]
-        batch = viewing.apply(train[index], view_id)
-        target = objective.targets(batch, index, view_id) if objective.targets else None
+
+    model: Classifier
+    train: Images
+    recipe: Recipe
+    objective: Objective
+    viewing: Viewing
+    epoch: int
+    soft_weight: float
+    seed: int
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    steps: int = 0
+
+    def run(self, step: Callable[[Tensor], None], tap: FeatureTap | None) -> dict[str, float]:
+        """Train on every batch; returns the means that the history holds."""
+        self.model.train()
+        view_id = self.viewing.id_of(self.epoch)
+        order = views.order(self.seed, self.epoch, len(self.train), self.train.pixels.device)
+        size = min(self.recipe.batch_size, len(self.train))
+        self.steps = len(self.train) // size
+        for number in range(self.steps):
+            index = order[number * size : (number + 1) * size]
+            step(self._loss(self.viewing.apply(self.train[index], view_id), index, tap))
+        return self._means()
+
+    def _loss(self, batch: Images, index: Tensor, tap: FeatureTap | None) -> Tensor:
+        objective, device = self.objective, batch.pixels.device
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = model(batch.pixels)
+            logits = self.model(batch.pixels)
         logits = logits.float()
-        labels = batch.labels if uses_labels else None
-        soft = target.soft if target and objective.soft_weight > 0 else None
-        loss = objective(logits, labels, soft, recipe.label_smoothing)
-        step(loss)
-        with torch.no_grad():
-            sums[0] += loss.detach()
-            if labels is not None:
-                sums[1] += (logits.argmax(dim=1) == labels).float().mean()
-            if target is not None:
-                sums[2] += soft_cross_entropy(logits, target.plain)
-    loss_mean, accuracy, cross_entropy = (sums / steps).tolist()
-    measured = {"loss": loss_mean}
-    if uses_labels:
-        measured["accuracy"] = accuracy
-    if objective.targets:
-        measured["teacher_student_cross_entropy"] = cross_entropy
-    return measured
+        labels = batch.labels if objective.uses_labels else None
+        target = objective.targets(batch, index, self.epoch, logits.detach()) if objective.targets else None
+        soft = target.soft if target and self.soft_weight > 0 else None
+        loss = objective(logits, labels, soft, self.soft_weight, self.recipe.label_smoothing)
+        if objective.features and target and tap:
+            term = objective.features(tap.take(), target.features, target.weights)
+            loss = loss + term
+            self._add("feature_loss", term)
+        self._measure(loss, logits, labels, target)
+        return loss
+
+    @torch.no_grad()
+    def _measure(self, loss: Tensor, logits: Tensor, labels: Tensor | None, target: Target | None) -> None:
+        self._add("loss", loss)
+        if labels is not None:
+            self._add("right", (logits.argmax(dim=1) == labels).float().mean())
+            self._add("labelled", (labels != UNLABELLED).float().mean())
+        if target is not None:
+            self._add("teacher_student_cross_entropy", soft_cross_entropy(logits, target.plain))
+            if self.objective.weights_vary:
+                weights = target.weights
+                self._add("weights", weights.mean(dim=1) if weights.ndim == 2 else weights)
+
+    def _add(self, name: str, value: Tensor) -> None:
+        value = value.detach()
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def _means(self) -> dict[str, float]:
+        means = {name: float(total) / self.steps for name, total in self.sums.items() if name != "weights"}
+        right, labelled = means.pop("right", None), means.pop("labelled", 0.0)
+        if right is not None and labelled > 0:
+            means["accuracy"] = right / labelled
+        return means
+
+    def mean_weights(self) -> dict[str, list[float]]:
+        """The teachers' mean weights in this pass, where they differ by batch."""
+        return {"weights": (self.sums["weights"] / self.steps).tolist()} if "weights" in self.sums else {}
 
 
-def _validate(model: Classifier, val: Images, objective: Objective) -> dict[str, float]:
+def _validate(model: Classifier, val: Images, objective: Objective, soft_weight: float) -> dict[str, float]:
     model.eval()
     logits, labels, target = predict(model, val), val.labels, objective.val_target
     soft = target.soft if target is not None else None
-    row = {"loss": float(objective(logits, labels, soft, 0.0))}
+    row = {"loss": float(objective(logits, labels, soft, soft_weight, 0.0))}
     if labels is not None:
         row["accuracy"] = float((logits.argmax(dim=1) == labels).float().mean())
     if target is not None:
@@ -306,12 +291,26 @@ def _validate(model: Classifier, val: Images, objective: Objective) -> dict[str,
     return row
 
 
+@overload
+def predict(model: Classifier, images: Images) -> Tensor: ...
+@overload
+def predict(model: Classifier, images: Images, tap: FeatureTap) -> tuple[Tensor, Tensor]: ...
 @torch.inference_mode()
-def predict(model: Classifier, images: Images) -> Tensor:
-    """Logits (N, C), float32, of all images in order; the model must be in eval mode."""
+def predict(
+    model: Classifier, images: Images, tap: FeatureTap | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Logits (N, C), float32, of all images in order; the model must be in eval mode.
+
+    With an entered `tap` on the model also its features (N, D), float32.
+    """
     height, width = model.card.preprocess.size
     batch_size = max(8, min(EVAL_BATCH, EVAL_BATCH * 64**2 // (height * width)))  # activations stay small
-    return torch.cat([model(batch.pixels).float() for batch in images.batches(batch_size)])
+    logits, features = [], []
+    for batch in images.batches(batch_size):
+        logits.append(model(batch.pixels).float())
+        if tap:
+            features.append(tap.take().float())
+    return (torch.cat(logits), torch.cat(features)) if tap else torch.cat(logits)
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,46 @@ def new_classifier(
         return _build(name, data, size, stem, offline, sketch, scratch)
 
 
+def own_classifier(
+    name: ModelName,
+    data: Dataset,
+    names: tuple[str, ...] | None = None,
+    *,
+    size: int | None = None,
+    stem: str = "auto",
+    offline: bool = False,
+    sketch: bool = False,
+) -> Classifier:
+    """A trained network with its own classes, whatever those of `data` are.
+
+    Args:
+        names: its classes, for weights that do not name them.
+
+    Raises:
+        ModelError: it has no weights, or its classes are not known.
+        WeightsError: its file is damaged or does not fit.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if name.library == "file":
+            return load_classifier(weights_path(Path(name.arch).expanduser()))
+        if is_file(name.weights) and has_card(file := Path(str(name.weights)).expanduser()):
+            return load_classifier(file, code=name)
+        if is_file(name.weights) or name.weights == "own":
+            named = replace(data, classes=names) if names else data
+            return _build(name, named, size, stem, offline, sketch, scratch=False)
+        loaded = pretrained.load(name, None, 3, size, offline)
+    classes = names or loaded.classes
+    if classes is None:
+        raise ModelError(
+            f"the classes of {name.label!r} are not known",
+            "its weights do not name them, and they are not those of ImageNet",
+            "name them in the class map: teacher_classes: [...] beside map:",
+        )
+    log.info("%s keeps its %d classes from %s", name.label, len(classes), loaded.origin)
+    return _published_classifier(name, loaded, classes, data)
+
+
 def _build(
     name: ModelName, data: Dataset, size: int | None, stem: str, offline: bool, sketch: bool, scratch: bool
 ) -> Classifier:
@@ -65,33 +106,38 @@ def _build(
     if not is_file(name.weights) and name.weights != "own" and not scratch:
         loaded = _published(name, classes, channels, size, form, offline)
     if loaded is not None:
+        if not sketch:
+            say_conversion(loaded.channels, data, name.label)
         log.info("%s starts from %s", name.label, loaded.origin)
-        pre = Preprocess(loaded.channels, (loaded.size, loaded.size), loaded.mean, loaded.std)
-        net = loaded.net
-    else:
-        side = choose_size(
-            name, num_classes=classes, channels=channels, image_size=data.image_size, form=form, wanted=size
-        )
-        empty = sketch and name.library != "py" and not is_file(name.weights)
-        net = _net(name, empty, num_classes=classes, channels=channels, size=side, form=form)
-        took = 3 if name.library == "tv" else channels
-        mean, std = (fit_channels(values, took) for values in data.mean_and_std)
-        pre = Preprocess(took, (side, side), mean, std)
-        if is_file(name.weights):
-            path = Path(str(name.weights)).expanduser()
-            fill(net, read_tensors(path), path)
-            if not sketch:
-                log.warning(
-                    "%s names neither classes nor normalisation: those of %s are taken", path, data.name
-                )
+        return _published_classifier(name, loaded, data.classes, data)
+    side = choose_size(
+        name, num_classes=classes, channels=channels, image_size=data.image_size, form=form, wanted=size
+    )
+    empty = sketch and name.library != "py" and not is_file(name.weights)
+    net = _net(name, empty, num_classes=classes, channels=channels, size=side, form=form)
+    took = 3 if name.library == "tv" else channels
+    mean, std = (fit_channels(values, took) for values in data.mean_and_std)
+    pre = Preprocess(took, (side, side), mean, std)
+    if is_file(name.weights):
+        path = Path(str(name.weights)).expanduser()
+        fill(net, read_tensors(path), path)
+        if not sketch:
+            log.warning("%s names neither classes nor normalisation: those of %s are taken", path, data.name)
     if not sketch:
-        _say_conversion(pre.channels, data, name.label)
-    form = "stock" if loaded is not None else form  # published weights need it
+        say_conversion(pre.channels, data, name.label)
+    card = Card(name.canonical, form, pre, data.classes, data.name)
+    return Classifier(net, card, pretrained=is_file(name.weights))
+
+
+def _published_classifier(
+    name: ModelName, loaded: pretrained.Pretrained, classes: tuple[str, ...], data: Dataset
+) -> Classifier:
+    """In its stock form, which published weights need."""
     model = name.canonical
     if name.library == "hf-hub":  # the card names what can be built without the hub
-        model = f"timm:{net.pretrained_cfg['architecture']}"  # type: ignore[index]
-    card = Card(model, form, pre, data.classes, data.name)
-    return Classifier(net, card, pretrained=loaded is not None or is_file(name.weights))
+        model = f"timm:{loaded.net.pretrained_cfg['architecture']}"  # type: ignore[index]
+    pre = Preprocess(loaded.channels, (loaded.size, loaded.size), loaded.mean, loaded.std)
+    return Classifier(loaded.net, Card(model, "stock", pre, classes, data.name), pretrained=True)
 
 
 def _net(name: ModelName, empty: bool, **facts: Any) -> nn.Module:
@@ -130,7 +176,7 @@ def for_data(classifier: Classifier, data: Dataset, label: str) -> Classifier:
     """
     own, wanted = classifier.classes, data.classes
     if own == wanted:
-        _say_conversion(classifier.card.preprocess.channels, data, label)
+        say_conversion(classifier.card.preprocess.channels, data, label)
         return classifier
     both = f"its classes: {listing(own)}; those of {data.name}: {listing(wanted)}"
     if len(own) != len(wanted):
@@ -144,7 +190,7 @@ def for_data(classifier: Classifier, data: Dataset, label: str) -> Classifier:
     )
 
 
-def _say_conversion(takes: int, data: Dataset, label: str) -> None:
+def say_conversion(takes: int, data: Dataset, label: str) -> None:
     if takes != data.channels:
         log.info("%s takes %s: the %s images are converted", label, _colour(takes), _colour(data.channels))
 

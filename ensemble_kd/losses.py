@@ -1,18 +1,27 @@
 """Losses on logits: pure functions, float32 or wider inside, averaged over the batch.
 
-Shapes: `B` batch, `C` classes. KL is summed over classes and averaged over the batch.
+Shapes: `B` batch, `C` classes, `D` features. Targets are log-probabilities at the temperature, −∞
+where they are zero. What is called the target's logits is T · log p, which for a single teacher are its
+own logits but for a constant. Sums over classes, one mean over the batch, T² once.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+UNLABELLED = -1
+"""The label of a sample that has none: it counts in the soft loss alone."""
+
 
 def kl_to_target(
-    logits: Float[Tensor, "B C"], target: Float[Tensor, "B C"], temperature: float
+    logits: Float[Tensor, "B C"], log_target: Float[Tensor, "B C"], temperature: float
 ) -> Float[Tensor, ""]:
     """T² · KL(target ‖ softmax(logits / T)), in nats.
 
@@ -21,51 +30,233 @@ def kl_to_target(
 
     Args:
         logits: the student's logits.
-        target: probabilities that sum to 1 over the classes; zeros are allowed.
+        log_target: log-probabilities of the target.
         temperature: T, what the student's logits are divided by.
     """
-    target = target.float() if target.dtype.itemsize < 4 else target
-    cross_entropy = soft_cross_entropy(logits, target, temperature)
-    entropy = -torch.xlogy(target, target).sum(dim=1).mean()
-    return cross_entropy - temperature**2 * entropy
+    p = _wide(log_target).exp()
+    entropy = -torch.xlogy(p, p).sum(dim=1).mean()
+    return soft_cross_entropy(logits, log_target, temperature) - temperature**2 * entropy
 
 
 def soft_cross_entropy(
-    logits: Float[Tensor, "B C"], target: Float[Tensor, "B C"], temperature: float = 1.0
+    logits: Float[Tensor, "B C"], log_target: Float[Tensor, "B C"], temperature: float = 1.0
 ) -> Float[Tensor, ""]:
     """−T² · Σ p log softmax(logits / T): the gradient of `kl_to_target`, without the entropy term."""
-    logits = logits.float() if logits.dtype.itemsize < 4 else logits
-    log_q = F.log_softmax(logits / temperature, dim=1)
-    return -(target * log_q).sum(dim=1).mean() * temperature**2
+    log_q = F.log_softmax(_wide(logits) / temperature, dim=1)
+    return -(_wide(log_target).exp() * log_q).sum(dim=1).mean() * temperature**2
+
+
+def reverse_kl(
+    logits: Float[Tensor, "B C"], log_target: Float[Tensor, "B C"], temperature: float
+) -> Float[Tensor, ""]:
+    """T² · KL(softmax(logits / T) ‖ target), in nats; infinite where the target has a zero."""
+    log_q = F.log_softmax(_wide(logits) / temperature, dim=1)
+    return (log_q.exp() * (log_q - _wide(log_target))).sum(dim=1).mean() * temperature**2
+
+
+def jensen_shannon(
+    logits: Float[Tensor, "B C"], log_target: Float[Tensor, "B C"], temperature: float
+) -> Float[Tensor, ""]:
+    """T² · JS(target, softmax(logits / T)), JS ≤ log 2 nats."""
+    log_q, log_p = F.log_softmax(_wide(logits) / temperature, dim=1), _wide(log_target)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    p, q = log_p.exp(), log_q.exp()
+    to_p = torch.xlogy(p, p) - torch.where(p > 0, p * log_m, 0)  # 0 · −∞ is 0 here
+    return (to_p + q * (log_q - log_m)).sum(dim=1).mean() * (temperature**2 / 2)
+
+
+def logit_mse(
+    logits: Float[Tensor, "B C"], log_target: Float[Tensor, "B C"], temperature: float
+) -> Float[Tensor, ""]:
+    """Mean of (s − z)² over batch and classes, both centred over the classes; z the target's logits."""
+    return (_centred(_wide(logits)) - _centred(temperature * _wide(log_target))).square().mean()
+
+
+def decoupled_kl(
+    logits: Float[Tensor, "B C"],
+    log_target: Float[Tensor, "B C"],
+    temperature: float,
+    labels: Int[Tensor, " B"],
+    alpha: float = 1.0,
+    beta: float = 8.0,
+) -> Float[Tensor, ""]:
+    """T² · (α · TCKD + β · NCKD), the two parts of KL (Zhao et al. 2022, DKD, equation 7).
+
+    TCKD is the KL of (p_y, 1 − p_y), NCKD that of the distributions over the other classes;
+    KL = TCKD + (1 − p_y) · NCKD. Their paper warms the loss up over 20 epochs.
+    """
+    true = F.one_hot(labels, logits.shape[1]).bool()
+    log_q, log_p = F.log_softmax(_wide(logits) / temperature, dim=1), _wide(log_target)
+    (p_in, p_out), (q_in, q_out) = (_in_and_out(values, true) for values in (log_p, log_q))
+    tckd = _cross(p_in, q_in) + _cross(p_out, q_out)
+    # Where the target gives nothing to the other classes, they say nothing of each other.
+    silent = torch.isneginf(p_out)[:, None]
+    others_p = (log_p - p_out[:, None]).masked_fill(true | silent, -torch.inf)
+    nckd = _cross(others_p, log_q - q_out[:, None]).sum(dim=1)
+    return (alpha * tckd + beta * nckd).mean() * temperature**2
+
+
+def _in_and_out(log_p: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
+    """The log-probability of the true class, and that of all others together."""
+    return log_p[true], log_p.masked_fill(true, -torch.inf).logsumexp(dim=1)
+
+
+def _cross(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """p · (log p − log q) by element, 0 where p is."""
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p.clamp_min(torch.finfo(p.dtype).min) - log_q), 0)
+
+
+def relations(
+    logits: Float[Tensor, "B C"],
+    log_target: Float[Tensor, "B C"],
+    temperature: float,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+) -> Float[Tensor, ""]:
+    """β · (1 − ρ over classes) + γ · (1 − ρ over the batch), ρ Pearson's (Huang et al. 2022, DIST)."""
+    p, q = _wide(log_target).exp(), F.softmax(_wide(logits) / temperature, dim=1)
+    between, within = (1 - _pearson(a, b).mean() for a, b in ((p, q), (p.T, q.T)))
+    return beta * between + gamma * within
+
+
+def standardised_kl(
+    logits: Float[Tensor, "B C"], log_target: Float[Tensor, "B C"], temperature: float
+) -> Float[Tensor, ""]:
+    """T² · KL of both sides' logits after z-scoring each sample's (Sun et al. 2024, logit standardisation)."""
+    student, teacher = (_standardised(_wide(z)) for z in (logits, temperature * log_target))
+    return kl_to_target(student, F.log_softmax(teacher / temperature, dim=1), temperature)
+
+
+def hard_target(
+    logits: Float[Tensor, "B C"], log_target: Float[Tensor, "B C"], temperature: float
+) -> Float[Tensor, ""]:
+    """Cross-entropy with the target's likeliest class at temperature 1 (Touvron et al. 2021, DeiT)."""
+    return F.cross_entropy(_wide(logits), log_target.argmax(dim=1))
+
+
+@dataclass(frozen=True)
+class SoftLoss:
+    """A loss towards the soft target: its function, and the temperature that its authors use."""
+
+    compute: Callable[..., Tensor]
+    temperature: float = 4.0
+    needs_labels: bool = False
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    """Its own numbers and their defaults."""
+
+
+LOSSES: dict[str, SoftLoss] = {
+    "kl": SoftLoss(kl_to_target),
+    "ce": SoftLoss(soft_cross_entropy),
+    "reverse-kl": SoftLoss(reverse_kl),
+    "js": SoftLoss(jensen_shannon),
+    "mse": SoftLoss(logit_mse),
+    "dkd": SoftLoss(decoupled_kl, needs_labels=True, numbers={"alpha": 1.0, "beta": 8.0}),
+    "dist": SoftLoss(relations, temperature=1.0, numbers={"beta": 1.0, "gamma": 1.0}),
+    "logit-std": SoftLoss(standardised_kl, temperature=2.0),
+    "hard": SoftLoss(hard_target),
+}
 
 
 def hard_cross_entropy(
     logits: Float[Tensor, "B C"], labels: Int[Tensor, " B"], label_smoothing: float = 0.0
 ) -> Float[Tensor, ""]:
-    """Cross-entropy with the labels, in nats, with optional smoothing towards uniform."""
-    logits = logits.float() if logits.dtype.itemsize < 4 else logits
-    return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    """Cross-entropy with the labels, in nats, with optional smoothing towards uniform.
+
+    Divided by the whole batch: a labelled sample counts the same, however many have no label.
+    """
+    total = F.cross_entropy(
+        _wide(logits), labels, label_smoothing=label_smoothing, ignore_index=UNLABELLED, reduction="sum"
+    )
+    return total / len(logits)
 
 
 def distillation_loss(
     logits: Float[Tensor, "B C"],
     labels: Int[Tensor, " B"] | None,
-    target: Float[Tensor, "B C"] | None,
+    log_target: Float[Tensor, "B C"] | None,
     *,
     soft_weight: float,
     temperature: float = 1.0,
     label_smoothing: float = 0.0,
+    loss: str = "kl",
+    numbers: Mapping[str, float] | None = None,
 ) -> Float[Tensor, ""]:
-    """(1 − w) · CE(labels) + w · T² · KL(target ‖ student).
+    """(1 − w) · CE(labels) + w · soft loss, which for `kl` is T² · KL(target ‖ student).
 
     A side with weight 0 is not computed: labels may be None at w = 1, the target at w = 0.
+
+    Args:
+        loss: a name of `LOSSES`.
+        numbers: the loss's own numbers, where they are not its defaults.
     """
     if soft_weight == 0:
         assert labels is not None
         return hard_cross_entropy(logits, labels, label_smoothing)
-    assert target is not None
-    soft = kl_to_target(logits, target, temperature)
+    assert log_target is not None
+    chosen, more = LOSSES[loss], dict(numbers or {})
+    if chosen.needs_labels:
+        assert labels is not None
+        more["labels"] = labels  # type: ignore[assignment]
+    soft = chosen.compute(logits, log_target, temperature, **more)
     if soft_weight == 1:
         return soft
     assert labels is not None
     return (1 - soft_weight) * hard_cross_entropy(logits, labels, label_smoothing) + soft_weight * soft
+
+
+def feature_loss(
+    projected: Float[Tensor, "B D"], features: Float[Tensor, "B D"], weights: Float[Tensor, " B"]
+) -> Float[Tensor, ""]:
+    """Mean over the batch of w · (1 − cosine + smooth-L1) to a teacher's standardised features.
+
+    Features are standardised by sample, so that teachers of any width and scale count alike.
+
+    Args:
+        projected: the student's pooled penultimate features, brought to the teacher's width.
+        features: the teacher's.
+        weights: of this teacher, for each sample.
+    """
+    wanted = F.layer_norm(_wide(features), features.shape[1:])
+    ours = _wide(projected)
+    apart = 1 - F.cosine_similarity(ours, wanted, dim=1)
+    return (weights * (apart + F.smooth_l1_loss(ours, wanted, reduction="none").mean(dim=1))).mean()
+
+
+def soft_weight_at(schedule: str, weight: float, epoch: int, epochs: int, span: int | None = None) -> float:
+    """The soft weight in an epoch (from 0) of `epochs`.
+
+    `constant`; `linear`: falls to 0 over the second half; `cutoff`: 0 after the first `span` epochs;
+    `warmup`: rises over the first `span` epochs. The span is half of the epochs if it is None.
+    """
+    half = epochs / 2
+    length = half if span is None else float(span)
+    factor = {
+        "constant": 1.0,
+        "linear": min(1.0, (epochs - epoch) / half),
+        "cutoff": 1.0 if epoch < length else 0.0,
+        "warmup": min(1.0, (epoch + 1) / max(length, 1.0)),
+    }
+    return weight * factor[schedule]
+
+
+SCHEDULES = ("constant", "linear", "cutoff", "warmup")
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.float() if values.dtype.itemsize < 4 else values
+
+
+def _centred(values: Tensor) -> Tensor:
+    return values - values.mean(dim=1, keepdim=True)
+
+
+def _standardised(values: Tensor) -> Tensor:
+    centred = _centred(values)
+    return centred / (centred.std(dim=1, keepdim=True) + 1e-7)
+
+
+def _pearson(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson's correlation of each row; 0 for a constant row."""
+    return F.cosine_similarity(_centred(a), _centred(b), dim=1, eps=1e-8)

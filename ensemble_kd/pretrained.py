@@ -11,6 +11,7 @@ from torch import nn
 
 from ensemble_kd.classifier import fit_channels
 from ensemble_kd.errors import ModelError, WeightsError, listing, nearest
+from ensemble_kd.imagenet import class_names
 from ensemble_kd.models import ModelName, check_tag
 from ensemble_kd.weights import read_tensors
 
@@ -25,6 +26,8 @@ class Pretrained:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     origin: str
+    classes: tuple[str, ...] | None = None
+    """The names of its outputs, where it keeps its own head and they are known."""
 
 
 def is_wanted(name: ModelName) -> bool:
@@ -77,8 +80,23 @@ def check(name: ModelName, offline: bool) -> None:
         )
 
 
-def load(name: ModelName, num_classes: int, channels: int, size: int | None, offline: bool) -> Pretrained:
+def published_classes(name: ModelName) -> tuple[str, ...] | None:
+    """The class names of the published network, as far as they can be told without fetching it."""
+    if name.library == "timm":
+        import timm
+
+        config = timm.get_pretrained_cfg(_timm_arch(name))
+        return class_names(config.num_classes) if config else None
+    weights = _tv_weights(name) if name.library == "tv" else None
+    return class_names(len(weights.meta["categories"])) if weights else None
+
+
+def load(
+    name: ModelName, num_classes: int | None, channels: int, size: int | None, offline: bool
+) -> Pretrained:
     """Fetch the weights and put a fresh head on them; the head must be trained before use.
+
+    With `num_classes` None the network keeps the head and the classes that it was published with.
 
     Raises:
         ModelError: there are none, they cannot be had, or `offline` forbids to fetch them.
@@ -98,18 +116,21 @@ def load(name: ModelName, num_classes: int, channels: int, size: int | None, off
         ) from error
 
 
-def _load_timm(name: ModelName, num_classes: int, channels: int, size: int | None) -> Pretrained:
+def _load_timm(name: ModelName, num_classes: int | None, channels: int, size: int | None) -> Pretrained:
     import timm
 
     arch = _timm_arch(name) if name.library == "timm" else f"hf-hub:{name.arch}"
-    options: dict[str, Any] = {"num_classes": num_classes, "in_chans": channels, "pretrained": True}
+    options: dict[str, Any] = {"in_chans": channels, "pretrained": True}
+    options |= {} if num_classes is None else {"num_classes": num_classes}
     config = timm.get_pretrained_cfg(arch) if name.library == "timm" else None
     if size is not None and config is not None and config.fixed_input_size:
         options["img_size"] = size
     net = timm.create_model(arch, **options)
     facts = timm.data.resolve_model_data_config(net)
     mean, std = (fit_channels(facts[key], channels) for key in ("mean", "std"))
-    return Pretrained(net, size or int(facts["input_size"][-1]), channels, mean, std, arch)
+    named = net.pretrained_cfg.get("label_names") or class_names(net.num_classes)
+    classes = tuple(named) if num_classes is None and named else None
+    return Pretrained(net, size or int(facts["input_size"][-1]), channels, mean, std, arch, classes)
 
 
 def _timm_arch(name: ModelName) -> str:
@@ -123,17 +144,19 @@ def _timm_arch(name: ModelName) -> str:
     return name.arch
 
 
-def _load_tv(name: ModelName, num_classes: int, wanted: int | None) -> Pretrained:
-
+def _load_tv(name: ModelName, num_classes: int | None, wanted: int | None) -> Pretrained:
     weights = _tv_weights(name)
     assert weights is not None
     net = _fill_tv(name.arch, weights)
-    _replace_head(net, num_classes)
+    classes = None
+    if num_classes is None:
+        classes = class_names(len(weights.meta["categories"]))
+    else:
+        _replace_head(net, num_classes)
     facts = weights.transforms()
     size = facts.crop_size[0] if isinstance(facts.crop_size, (list, tuple)) else facts.crop_size
-    return Pretrained(
-        net, wanted or int(size), 3, tuple(facts.mean), tuple(facts.std), f"tv:{name.arch}@{weights.name}"
-    )
+    origin = f"tv:{name.arch}@{weights.name}"
+    return Pretrained(net, wanted or int(size), 3, tuple(facts.mean), tuple(facts.std), origin, classes)
 
 
 def _fill_tv(arch: str, weights: Any) -> nn.Module:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ensemble_kd.classifier import Classifier
@@ -22,6 +21,7 @@ def compare(
     stacked: Tensor,
     ensemble_logits: Tensor,
     test: Images,
+    known: Tensor | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Measures of student, controls, teachers and ensemble on one split, with 95 % intervals.
 
@@ -31,6 +31,8 @@ def compare(
         stacked: the teachers' logits (K, N, C).
         ensemble_logits: the log of the ensemble's probabilities (N, C).
         test: the images and labels of the split.
+        known: which classes each teacher knows (K, C); None where all know all. One that does not is
+            judged among its `classes`, on the `images` of these.
 
     Returns:
         `models` (rows with `role`, `parameters`, `bytes` and the measures), `times_smaller` and
@@ -49,6 +51,10 @@ def compare(
             "bytes": sum(member.byte_count for member in members),
             **measure(values, labels, target),
         }
+    for name, mask in zip(teachers, () if known is None else known.to(labels.device), strict=False):
+        if not bool(mask.all()):
+            kept = {key: rows[name][key] for key in ("role", "parameters", "bytes")}
+            rows[name] = {**kept, **_among(mask, logits[name], labels)}
     differences = {
         name: paired_differences(logits["student"], logits[name], labels, target)
         for name in networks
@@ -64,9 +70,11 @@ def paired_differences(first: Tensor, second: Tensor, labels: Tensor, target: Te
     return {name: bootstrap_mean(ours[name] - theirs[name]) for name in ours}
 
 
-def confident_logits(probabilities: Tensor) -> Tensor:
-    """Logits whose softmax is `probabilities`; zeros become the smallest positive number."""
-    return probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
+def _among(mask: Tensor, logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    """The measures of a model among the classes in `mask`, on the samples of these classes."""
+    rows, places = mask[labels], mask.cumsum(0) - 1
+    counts = {"classes": int(mask.sum()), "images": int(rows.sum())}
+    return {**counts, **measure(logits[rows][:, mask], places[labels[rows]])}
 
 
 def verdict(differences: Mapping[str, Mapping[str, Measure]]) -> str:

@@ -36,7 +36,7 @@ def _numbers(value: Any) -> Any:
 
 
 def _by_name(value: Any) -> Any:
-    """`4` to a number, `resnet18=2,vgg16=6` to a table."""
+    """`4` stays a number, `resnet18=2,vgg16=6` becomes a table."""
     if isinstance(value, (list, tuple)):
         value = ",".join(str(item) for item in value)
     if isinstance(value, str) and "=" in value:
@@ -50,6 +50,7 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Names = Annotated[list[str], BeforeValidator(_split_list)]
+Files = Annotated[dict[str, Path], BeforeValidator(_by_name)]
 PerTeacher = Annotated[Positive | dict[str, Positive], BeforeValidator(_by_name)]
 Sizes = Annotated[dict[str, Count], BeforeValidator(_by_name)]
 
@@ -157,24 +158,25 @@ class AgreementOptions(DataOptions):
     out: Path | None = Field(None, description="folder for agreement.json and agreement.png")
 
 
-class DistillOptions(RunOptions):
-    """`ekd distill`."""
+class CombineOptions(RunOptions):
+    """Which teachers, and how they are combined."""
 
     teachers: Names = Field(default=[], description="names, by commas or repeated", validate_default=False)
-    student: str = Field("lenet", description="network to teach")
-    temperature: PerTeacher = Field(
-        4.0, description="one number, or NAME=T,... a teacher; student=T sets the student's own"
+    combine: str | None = Field(
+        None,
+        description="how teachers are weighted: mean, fixed, learned, greedy, entropy, confidence, agree, "
+        "drop, best or py:FILE.py:function; default mean",
     )
-    soft_weight: Share = Field(0.9, description="w in (1-w)*CE(labels) + w*T^2*KL(target||student)")
     weights: Annotated[list[NotNegative], BeforeValidator(_numbers)] | None = Field(
-        None, description="fixed weights of the teachers, summing to 1; default equal"
+        None, description="fixed weights of the teachers, summing to 1"
     )
-    pool: Literal["prob", "logit"] = Field("prob", description="mean of probabilities, or of logits")
-    controls: Names = Field(["labels"], description="labels, best-teacher, independent; or none")
-    views: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="stored views of each image, 0 for a fresh one each epoch; default 1 or 16"
+    pool: Literal["prob", "logit", "pool-then-temper"] = Field(
+        "prob", description="what is averaged: prob, logit, or pool-then-temper (prob, tempered afterwards)"
     )
-    student_size: Count | None = Field(None, description="side of the student's input in pixels")
+    calibrate: Literal["none", "teachers", "pool", "both"] = Field(
+        "none", description="fit temperatures on the validation split: of the teachers, the pool, or both"
+    )
+    class_map: Files = Field({}, description="NAME=FILE.yaml,... which classes of a teacher are the data's")
     teacher_size: Sizes = Field({}, description="NAME=PIXELS,... for teachers")
     teacher_training: RecipeOptions = RecipeOptions()
     teacher_seed: int = Field(0, ge=0, description="of teachers trained here")
@@ -184,25 +186,10 @@ class DistillOptions(RunOptions):
         """See `Options.cross_checks`."""
         labels = [label_of(name) for name in self.teachers]
         found = [({"teachers"}, problem) for problem in self._check_teachers(labels)]
-        found += [({"weights", "teachers"}, problem) for problem in self._check_weights(labels)]
-        for option, table, extra in (
-            ("temperature", self.temperature, ["student"]),
-            ("teacher_size", self.teacher_size, []),
-        ):
-            names = list(table) if isinstance(table, dict) else []
-            found += [({option, "teachers"}, p) for p in _check_names(option, names, labels, extra)]
-        for control in self.controls:
-            if control not in CONTROLS:
-                found.append(
-                    (
-                        {"controls"},
-                        Problem(
-                            f"controls: there is no {control!r}",
-                            f"known are {', '.join(CONTROLS)} and none",
-                            nearest(control, CONTROLS) or "name one of these",
-                        ),
-                    )
-                )
+        found += [({"weights", "teachers", "combine"}, p) for p in self._check_weights(labels)]
+        for option in ("teacher_size", "class_map"):
+            problems = _check_names(option, list(getattr(self, option)), labels, [])
+            found += [({option, "teachers"}, problem) for problem in problems]
         return found
 
     def _check_teachers(self, labels: Sequence[str]) -> list[Problem]:
@@ -242,6 +229,16 @@ class DistillOptions(RunOptions):
         return problems
 
     def _check_weights(self, labels: Sequence[str]) -> list[Problem]:
+        if self.weights is None and self.combine == "fixed":
+            return [Problem("combine: fixed has no weights", "none are given", "say --weights 0.7,0.3")]
+        if self.weights is not None and self.combine not in (None, "fixed"):
+            return [
+                Problem(
+                    f"weights: {self.combine} finds its own",
+                    "given weights are used by --combine fixed alone",
+                    "leave out --weights or --combine",
+                )
+            ]
         if self.weights is None or not labels:
             return []
         total = sum(self.weights)
@@ -263,6 +260,111 @@ class DistillOptions(RunOptions):
                 )
             ]
         return []
+
+
+class LossNumbers(Options):
+    """The own numbers of a loss, where they are not its defaults (see `losses.LOSSES`)."""
+
+    alpha: NotNegative | None = Field(None, description="of dkd: weight of the target-class part")
+    beta: NotNegative | None = Field(
+        None, description="of dkd: of the other classes; of dist: between classes"
+    )
+    gamma: NotNegative | None = Field(None, description="of dist: within the batch")
+
+
+class DistillOptions(CombineOptions):
+    """`ekd distill`."""
+
+    student: str = Field("lenet", description="network to teach")
+    temperature: PerTeacher | None = Field(
+        None,
+        description="one number, or NAME=T,... a teacher; student=T sets the student's own; "
+        "default 4 (logit-std 2, dist 1)",
+    )
+    soft_weight: Share | None = Field(
+        None, description="w in (1-w)*CE(labels) + w*soft loss; default 0.9 (1 without labels)"
+    )
+    loss: str = Field(
+        "kl", description="soft loss: kl, ce, reverse-kl, js, mse, dkd, dist, logit-std or hard"
+    )
+    loss_numbers: LossNumbers = LossNumbers()
+    feature_weight: NotNegative = Field(0.0, description="of the loss between penultimate features")
+    soft_schedule: Literal["constant", "linear", "cutoff", "warmup"] = Field(
+        "constant", description="of w: linear to 0 in the second half, cutoff or warmup over soft_epochs"
+    )
+    soft_epochs: Count | None = Field(None, description="of cutoff and warmup; default half of the epochs")
+    unlabelled: Path | None = Field(
+        None, description="folder of images without labels, to distil on beside the training images"
+    )
+    unlabelled_only: bool = Field(False, description="distil on the unlabelled images alone")
+    controls: Names = Field(["labels"], description="labels, best-teacher, independent; or none")
+    views: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="stored views of each image, 0 for a fresh one each epoch; default 1 or 16"
+    )
+    student_size: Count | None = Field(None, description="side of the student's input in pixels")
+
+    @property
+    def soft(self) -> float:
+        """The soft weight, as given or by default."""
+        return self.soft_weight if self.soft_weight is not None else 1.0 if self.unlabelled_only else 0.9
+
+    def cross_checks(self) -> list[tuple[set[str], Problem]]:
+        """See `Options.cross_checks`."""
+        labels = [label_of(name) for name in self.teachers]
+        found = super().cross_checks()
+        names = list(self.temperature) if isinstance(self.temperature, dict) else []
+        problems = _check_names("temperature", names, labels, ["student"])
+        found += [({"temperature", "teachers"}, problem) for problem in problems]
+        found += [({"controls"}, problem) for problem in self._check_controls()]
+        fields = {"unlabelled", "unlabelled_only", "soft_weight", "soft_schedule"}
+        found += [(fields, problem) for problem in self._check_unlabelled()]
+        if self.soft_epochs is not None and self.soft_schedule not in ("cutoff", "warmup"):
+            problem = Problem(
+                f"soft_epochs: {self.soft_schedule} has no such span",
+                "only cutoff and warmup last a number of epochs",
+                "say --soft-schedule cutoff or warmup, or leave it out",
+            )
+            found.append(({"soft_epochs", "soft_schedule"}, problem))
+        return found
+
+    def _check_controls(self) -> list[Problem]:
+        return [
+            Problem(
+                f"controls: there is no {control!r}",
+                f"known are {', '.join(CONTROLS)} and none",
+                nearest(control, CONTROLS) or "name one of these",
+            )
+            for control in self.controls
+            if control not in CONTROLS
+        ]
+
+    def _check_unlabelled(self) -> list[Problem]:
+        if not self.unlabelled_only:
+            return []
+        problems = []
+        if self.unlabelled is None:
+            problems.append(
+                Problem(
+                    "unlabelled_only: there are no such images", "none are named", "say --unlabelled PATH"
+                )
+            )
+        if self.soft != 1:
+            problems.append(
+                Problem(
+                    f"soft_weight: {self.soft:g} leaves {1 - self.soft:g} to labels",
+                    "the student sees no labelled image",
+                    "leave it out, or say --soft-weight 1",
+                )
+            )
+        if self.soft_schedule != "constant":
+            problems.append(
+                Problem(
+                    f"soft_schedule: {self.soft_schedule} gives epochs to labels",
+                    "the student sees no labelled image",
+                    "leave it out, or say --soft-schedule constant",
+                )
+            )
+        return problems
 
 
 def _check_names(

@@ -52,11 +52,19 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
     """The table of a run (see `results.compare`), its sizes and its verdict."""
     models: Mapping[str, Mapping[str, Any]] = metrics["models"]
     measured = [name for name in _COLUMNS if any(name in row for row in models.values())]
-    headers = ["", *(_COLUMNS[name] for name in measured), "parameters", "MB"]
+    weights = _weights(metrics.get("combination"))
+    headers = [
+        "",
+        *(_COLUMNS[name] for name in measured),
+        *(["weight"] if weights else []),
+        "parameters",
+        "MB",
+    ]
     rows = [
         [
             name if row["role"] in ("student", "ensemble") else f"{row['role']} {name}",
             *(_cell(name, row.get(name)) for name in measured),
+            *([weights.get(name, "")] if weights else []),
             f"{row['parameters']:,}",
             f"{row['bytes'] / 1e6:.2f}",
         ]
@@ -69,7 +77,46 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
             f"The student is {_ratio(metrics['times_smaller'])} times smaller than the teachers together."
         )
         parts.append(verdict(metrics["differences"]))
+    if "combination" in metrics:
+        parts += combination_lines(metrics["combination"])
     return "\n".join(parts)
+
+
+def _weights(combination: Mapping[str, Any] | None) -> dict[str, str]:
+    """The teachers' weights, as they are shown; none where they are simply equal."""
+    if combination is None or combination["combine"] == "mean":
+        return {}
+    if combination["vary"]:
+        means = combination["mean_weights"] or {}
+        return {name: f"mean {weight:.2f}" for name, weight in means.items()}
+    return {name: f"{weight:.2f}" for name, weight in combination["weights"].items()}
+
+
+def combination_lines(combination: Mapping[str, Any]) -> list[str]:
+    """What was fitted on the validation split, and what it is worth there."""
+    lines = []
+    how, validation = combination["combine"], combination["validation"]
+    nll = {name: f"{value:.4f}" for name, value in validation["nll"].items()}
+    if how != "mean" or combination["pool"] != "prob" or _calibrated(combination):
+        best = f", of the best teacher {validation['best']} {nll['best']}" if "best" in nll else ""
+        lines.append(
+            f"Combined by {how}, pool {combination['pool']}: validation NLL {nll['ensemble']}, "
+            f"of equal weights {nll['uniform']}{best}."
+        )
+    if _calibrated(combination):
+        scales = ", ".join(f"{name} {scale:.2f}" for name, scale in combination["scales"].items())
+        lines.append(f"Temperatures fitted there: {scales}; of the pool {combination['after']:.2f}.")
+    for name, mass in combination["discarded"].items():
+        lines.append(
+            f"Teacher {name} gives {100 * mass:.1f} % of its probability to classes outside the map."
+        )
+    for name, count in combination["known"].items():
+        lines.append(f"Teacher {name} knows {count} classes, and is judged among these, on their images.")
+    return lines
+
+
+def _calibrated(combination: Mapping[str, Any]) -> bool:
+    return combination["after"] != 1 or any(scale != 1 for scale in combination["scales"].values())
 
 
 def _cell(name: str, value: Mapping[str, float] | None) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,10 +12,26 @@ from torch import Tensor
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.combine import combine
 from ensemble_kd.console import progress
+from ensemble_kd.data import views
 from ensemble_kd.data.dataset import Images
 from ensemble_kd.errors import ModelError
-from ensemble_kd.fit import EVAL_BATCH, Target, Viewing, predict
+from ensemble_kd.features import FeatureTap
+from ensemble_kd.fit import EVAL_BATCH, predict
+from ensemble_kd.objective import Target, Viewing
+from ensemble_kd.teachers.class_map import ClassMap
 from ensemble_kd.teachers.outputs import through_store
+from ensemble_kd.weighting import call, inputs_of
+
+_ALONE = {"count", "pool", "logits", "temperatures"}
+"""What weights may depend on where there is neither a label nor a student."""
+_DRAW_STREAM = 1000  # of the views' hash, for the draws of the first teacher; views use the first few
+
+
+class Outputs(NamedTuple):
+    """What teachers say to images: logits ([K,] N, C), and their penultimate features (N, D_k) if wanted."""
+
+    logits: Tensor
+    features: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True)
@@ -28,12 +45,21 @@ class Teacher:
     fingerprint: str
     storable: bool = False
     """Whether tensors and card say all about it, so that its outputs can be kept for later runs."""
+    class_map: ClassMap | None = None
+    """From its classes to those of the data, where they are not the same."""
 
     @classmethod
-    def of(cls, label: str, classifier: Classifier, origin: str, storable: bool = False) -> Teacher:
+    def of(
+        cls,
+        label: str,
+        classifier: Classifier,
+        origin: str,
+        storable: bool = False,
+        class_map: ClassMap | None = None,
+    ) -> Teacher:
         """Freeze `classifier` as a teacher; leave `storable` out for a module of your own."""
         classifier.freeze()
-        return cls(label, classifier, origin, classifier.fingerprint(), storable)
+        return cls(label, classifier, origin, classifier.fingerprint(), storable, class_map)
 
     def check_unchanged(self) -> str:
         """The hash of its tensors now.
@@ -50,54 +76,120 @@ class Teacher:
             )
         return now
 
+    def look(self, batch: Images, features: bool = False) -> Outputs:
+        """Its answers to a batch of views, computed now."""
+        if not features:
+            return Outputs(self._mapped(predict(self.classifier, batch)))
+        with FeatureTap(self.classifier, self.label) as tap:
+            logits, kept = predict(self.classifier, batch, tap)
+        return Outputs(self._mapped(logits), [kept])
+
     def all_logits(self, images: Images, viewing: Viewing | None = None, view_id: int = 0) -> Tensor:
         """Logits (N, C) of all images, or of one view of them, from the store where they are kept.
 
         Raises:
             ModelError: an output is not finite.
         """
+        return self.all_outputs(images, viewing, view_id).logits
+
+    def all_outputs(
+        self, images: Images, viewing: Viewing | None = None, view_id: int = 0, features: bool = False
+    ) -> Outputs:
+        """`all_logits`, with the penultimate features (N, D) where they are wanted."""
+        raw = self._raw(images, viewing, view_id, features)
+        device = images.pixels.device
+        kept = [raw["features"].to(device)] if features else []
+        return Outputs(self._mapped(raw["logits"].to(device)), kept)
+
+    def discarded(self, images: Images) -> float:
+        """The mean probability that it gives to classes outside its class map; 0 without one."""
+        if self.class_map is None:
+            return 0.0
+        return float(self.class_map.discarded(self._raw(images, None, 0, False)["logits"]).mean())
+
+    def _mapped(self, logits: Tensor) -> Tensor:
+        return logits if self.class_map is None else self.class_map.apply(logits)
+
+    def _raw(
+        self, images: Images, viewing: Viewing | None, view_id: int, features: bool
+    ) -> dict[str, Tensor]:
+        """What the network itself says, in its own classes: one pass gives both kinds of output."""
         policy = viewing.policy if viewing else "none"
         depends_on = {
             "teacher": self.fingerprint,
             "card": self.classifier.card.to_json() | {"data": None},
             "images": images.digest,
             "view": None if viewing is None or policy == "none" else (policy, viewing.seed, view_id),
+            "features": features,
         }
-        logits = through_store(
-            depends_on if self.storable else None, lambda: self._compute(images, viewing, view_id)
+        raw = through_store(
+            depends_on if self.storable else None,
+            lambda: self._compute(images, viewing, view_id, features),
         )
-        if not bool(logits.isfinite().all()):
+        if not all(bool(values.isfinite().all()) for values in raw.values()):
             raise ModelError(
                 f"teacher {self.label!r} gives NaN or infinite outputs",
                 "its weights are damaged, or its input is not what it was trained on",
                 "check it with `ekd evaluate`, or leave it out",
             )
-        return logits.to(images.pixels.device)
+        return raw
 
-    def _compute(self, images: Images, viewing: Viewing | None, view_id: int) -> Tensor:
+    def _compute(
+        self, images: Images, viewing: Viewing | None, view_id: int, features: bool
+    ) -> dict[str, Tensor]:
         blocks = []
         with progress(f"teacher {self.label}, view {view_id + 1}", len(images)) as advance:
             for batch in images.batches(EVAL_BATCH):
                 seen = viewing.apply(batch, view_id) if viewing else batch
-                blocks.append(predict(self.classifier, seen))
+                if features:
+                    with FeatureTap(self.classifier, self.label) as tap:
+                        blocks.append(predict(self.classifier, seen, tap))
+                else:
+                    blocks.append((predict(self.classifier, seen),))
                 advance(len(batch))
-        return torch.cat(blocks)
+        joined = [torch.cat(parts) for parts in zip(*blocks, strict=True)]
+        return dict(zip(("logits", "features"), joined, strict=False))
 
 
 @dataclass(frozen=True)
 class Ensemble:
-    """K teachers with their weights, temperatures (both K numbers) and the pool that combines them."""
+    """K teachers with what combines them; weights, temperatures and scales are K numbers each."""
 
     teachers: Sequence[Teacher]
     weights: Tensor
+    """Of the teachers. Where `weigh` gives weights by batch: those used without its inputs."""
     temperatures: Tensor
     pool: str = "prob"
+    weigh: Callable[..., Tensor] | None = None
+    """Weights by batch or by sample: a function of inputs of `weighting.EACH_BATCH`."""
+    scales: Tensor | None = None
+    """Temperatures that calibrate the teachers, applied before anything else."""
+    after: float = 1.0
+    """A temperature that calibrates the pooled target."""
+    seed: int = 0
+    """Of the draws of weight functions that want any."""
+    features: bool = False
+    """Whether targets carry the teachers' penultimate features."""
 
     def to(self, device: torch.device) -> Ensemble:
         """Move all teachers to `device`; returns itself."""
         for teacher in self.teachers:
             teacher.classifier.to(device)
         return self
+
+    @property
+    def known(self) -> Tensor | None:
+        """Which classes each teacher knows (K, C); None where all know all."""
+        masks = [teacher.class_map.known for teacher in self.teachers if teacher.class_map]
+        if all(bool(mask.all()) for mask in masks):
+            return None
+        everything = torch.ones_like(masks[0])
+        return torch.stack([t.class_map.known if t.class_map else everything for t in self.teachers])
+
+    @property
+    def student_temperature(self) -> float:
+        """The weighted mean of the teachers' temperatures."""
+        return float((self.weights * self.temperatures).sum())
 
     def all_logits(self, images: Images, viewing: Viewing | None = None, view_id: int = 0) -> Tensor:
         """Stacked logits (K, N, C) of all images or one view of them, one teacher after another.
@@ -107,38 +199,67 @@ class Ensemble:
         """
         return torch.stack([teacher.all_logits(images, viewing, view_id) for teacher in self.teachers])
 
-    def target(self, logits: Tensor) -> Target:
-        """The soft target of stacked logits (K, B, C), tempered and at temperature 1."""
-        plain = combine(logits, self.weights, torch.ones_like(self.temperatures), self.pool)
-        return Target(combine(logits, self.weights, self.temperatures, self.pool), plain)
+    def all_outputs(self, images: Images, viewing: Viewing | None = None, view_id: int = 0) -> Outputs:
+        """`all_logits`, with the teachers' features where targets carry them."""
+        return _stacked([t.all_outputs(images, viewing, view_id, self.features) for t in self.teachers])
+
+    def look(self, batch: Images) -> Outputs:
+        """The teachers' answers to a batch of views, computed now."""
+        return _stacked([teacher.look(batch, self.features) for teacher in self.teachers])
+
+    def calibrated(self, logits: Tensor) -> Tensor:
+        """Stacked logits (K, B, C) of the calibrated teachers."""
+        return logits if self.scales is None else logits / self.scales.to(logits)[:, None, None]
+
+    def target(
+        self,
+        logits: Tensor,
+        batch: Images | None = None,
+        epoch: int = 0,
+        student_logits: Tensor | None = None,
+        features: Sequence[Tensor] = (),
+    ) -> Target:
+        """The soft target of stacked logits (K, B, C), tempered and at temperature 1.
+
+        Args:
+            logits: as the teachers gave them.
+            batch: whose labels and ids weights may depend on; None outside of training, where the
+                target is that of `for_measuring`.
+            student_logits: (B, C), without a gradient.
+            features: carried along.
+        """
+        z, known = self.calibrated(logits), self.known
+        more = {"known": None if known is None else known.to(z.device), "after": self.after}
+        measuring = self.for_measuring()
+        plain_weights = measuring._weights(z, None, epoch, None)
+        same = batch is None or measuring is self
+        weights = plain_weights if same else self._weights(z, batch, epoch, student_logits)
+        plain = combine(z, plain_weights, torch.ones_like(self.temperatures), self.pool, **more)
+        soft = combine(z, weights, self.temperatures, self.pool, **more)
+        return Target(soft, plain, weights, features)
+
+    def for_measuring(self) -> Ensemble:
+        """The ensemble that networks are measured against, which sees neither labels nor a student."""
+        needs_more = self.weigh is not None and not inputs_of(self.weigh) <= _ALONE
+        return replace(self, weigh=None) if needs_more else self
+
+    def _weights(self, z: Tensor, batch: Images | None, epoch: int, student_logits: Tensor | None) -> Tensor:
+        if self.weigh is None:
+            return self.weights.to(z.device)
+        offered: dict[str, Any] = {
+            "count": len(z),
+            "pool": self.pool,
+            "logits": z,
+            "temperatures": self.temperatures.to(z.device),
+            "student_logits": student_logits,
+            "labels": batch.labels if batch else None,
+        }
+        if batch and "draws" in inputs_of(self.weigh):
+            streams = range(_DRAW_STREAM, _DRAW_STREAM + len(z))
+            offered["draws"] = torch.stack([views.uniform(self.seed, epoch, batch.ids, s) for s in streams])
+        return call(self.weigh, offered)
 
 
-@dataclass
-class LiveTargets:
-    """Runs the teachers on each batch of views: always fresh, and most of a step's time."""
-
-    ensemble: Ensemble
-
-    def __call__(self, batch: Images, index: Tensor, view_id: int) -> Target:
-        """See `fit.TargetSource`."""
-        logits = [predict(teacher.classifier, batch) for teacher in self.ensemble.teachers]
-        return self.ensemble.target(torch.stack(logits))
-
-
-@dataclass
-class StoredTargets:
-    """Runs the teachers once per view over all training images, then only looks up.
-
-    Holds V · K · N · C float32 numbers on the device of the images.
-    """
-
-    ensemble: Ensemble
-    train: Images
-    viewing: Viewing
-    views: dict[int, Tensor] = field(default_factory=dict)
-
-    def __call__(self, batch: Images, index: Tensor, view_id: int) -> Target:
-        """See `fit.TargetSource`."""
-        if view_id not in self.views:
-            self.views[view_id] = self.ensemble.all_logits(self.train, self.viewing, view_id)
-        return self.ensemble.target(self.views[view_id][:, index])
+def _stacked(outputs: Sequence[Outputs]) -> Outputs:
+    logits = torch.stack([output.logits for output in outputs])
+    return Outputs(logits, [features for output in outputs for features in output.features])

@@ -22,8 +22,10 @@ MAX_NUMBERS = 25_000_000
 _LIBRARIES = ("torch", "timm", "torchvision")
 
 
-def through_store(depends_on: dict[str, Any] | None, compute: Callable[[], Tensor]) -> Tensor:
-    """The output kept under `depends_on`, on the CPU; otherwise `compute` it, keep it and return it.
+def through_store(
+    depends_on: dict[str, Any] | None, compute: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The outputs kept under `depends_on`, on the CPU; otherwise `compute` them, keep and return them.
 
     With None, nothing is read or kept: for teachers whose code has no hash.
     """
@@ -33,13 +35,17 @@ def through_store(depends_on: dict[str, Any] | None, compute: Callable[[], Tenso
     path = files.cache_dir() / "outputs" / f"{files.sha256_json(facts)[:32]}.safetensors"
     if path.is_file():
         try:
-            return safetensors.torch.load(path.read_bytes())["logits"]
-        except (SafetensorError, KeyError):
-            path.unlink()  # cut off or damaged: made again
-    logits = compute()
-    if logits.numel() <= MAX_NUMBERS:
+            kept = safetensors.torch.load(path.read_bytes())
+            if "logits" in kept:
+                return kept
+        except SafetensorError:
+            pass
+        path.unlink()  # cut off or damaged: made again
+    outputs = compute()
+    if sum(values.numel() for values in outputs.values()) <= MAX_NUMBERS:
+        tensors = {name: values.cpu().contiguous() for name, values in outputs.items()}
         try:
-            files.write_bytes(path, safetensors.torch.save({"logits": logits.cpu().contiguous()}))
+            files.write_bytes(path, safetensors.torch.save(tensors))
         except OSError as error:
             log.warning("outputs of a teacher are not kept: %s (%s)", error.strerror, path.parent)
-    return logits
+    return outputs

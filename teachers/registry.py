@@ -16,9 +16,10 @@ from ensemble_kd.data.dataset import Dataset
 from ensemble_kd.device import choose_device
 from ensemble_kd.errors import ModelError
 from ensemble_kd.fit import Recipe, train_on_labels
-from ensemble_kd.fresh import is_file, new_classifier
+from ensemble_kd.fresh import is_file, new_classifier, own_classifier, say_conversion
 from ensemble_kd.models import ModelName, choose_form, choose_size, parse
 from ensemble_kd.teachers import library
+from ensemble_kd.teachers.class_map import MapFile, map_classes, read_map
 from ensemble_kd.teachers.ensemble import Teacher
 
 
@@ -34,12 +35,13 @@ def load_teacher(
     train: bool = True,
     device: str | torch.device = "auto",
     offline: bool = False,
+    class_map: str | Path | None = None,
 ) -> Teacher:
     """A frozen teacher that labels `data`.
 
-    In this order: a run, a file of weights or a module that brings its own; the teacher library;
-    training now on the training split (from published weights where the name asks for them or they
-    can be had), after which it is kept in the library.
+    In this order: a run, a file of weights, a module that brings its own, or published weights with a
+    class map; the teacher library; training now on the training split (from published weights where
+    the name asks for them or they can be had), after which it is kept in the library.
 
     Args:
         name: see `models.parse`; a seed in the name (`resnet18#1`) goes before `seed`.
@@ -49,6 +51,8 @@ def load_teacher(
         augment: the policy of views to train with; None takes what suits the data.
         training: recipe numbers that differ from the default, such as `{"epochs": 3}`.
         train: whether it may be trained now.
+        class_map: a file that says which of its classes are those of `data` (see `class_map.read_map`);
+            the same names in another order need none.
 
     Raises:
         ModelError: it cannot be had, its classes differ, or it would have to be trained and may not.
@@ -59,25 +63,47 @@ def load_teacher(
     dataset = load_data(data) if isinstance(data, str) else data
     target = device if isinstance(device, torch.device) else choose_device(device)
     seed = seed if model.seed is None else model.seed
-    options: dict[str, Any] = {"size": size, "stem": stem, "seed": seed, "offline": offline}
-    if _is_trained(model):
-        classifier = new_classifier(model, dataset, **options)
-        origin = str(Path(model.weights or model.arch))
-        return Teacher.of(model.label, classifier.to(target), origin, storable=model.library != "py")
+    options: dict[str, Any] = {"size": size, "stem": stem, "offline": offline}
+    if class_map is not None or _is_trained(model):
+        file = read_map(Path(class_map)) if class_map is not None else None
+        return _with_its_own_classes(model, dataset, file, options, target)
+    options["seed"] = seed if model.seed is None else model.seed
     return _kept_or_trained(
         model, dataset, options, augment or dataset.augment, training or {}, train, target
     )
 
 
-def check_teacher(name: ModelName, data: Dataset, *, size: int | None, stem: str, offline: bool) -> None:
+def _with_its_own_classes(
+    model: ModelName, dataset: Dataset, file: MapFile | None, options: dict[str, Any], device: torch.device
+) -> Teacher:
+    """A teacher that is trained already, whose classes are brought to those of the data."""
+    names = file.teacher_classes if file else None
+    classifier = own_classifier(model, dataset, names, **options)
+    mapping = map_classes(classifier.classes, dataset.classes, file, model.label, dataset.name)
+    say_conversion(classifier.card.preprocess.channels, dataset, model.label)
+    origin = str(Path(model.weights or model.arch)) if _is_trained(model) else model.canonical
+    return Teacher.of(
+        model.label, classifier.to(device), origin, storable=model.library != "py", class_map=mapping
+    )
+
+
+def check_teacher(
+    name: ModelName,
+    data: Dataset,
+    *,
+    size: int | None,
+    stem: str,
+    offline: bool,
+    class_map: Path | None = None,
+) -> None:
     """Refuse what `load_teacher` would refuse, without training or fetching anything.
 
     Raises:
-        ModelError, WeightsError: see `load_teacher`.
+        ModelError, WeightsError, ConfigError: see `load_teacher`.
     """
     _check_own(name)
-    if _is_trained(name):
-        new_classifier(name, data, size=size, stem=stem, offline=offline, sketch=True)
+    if class_map is not None or _is_trained(name):
+        _check_classes(name, data, read_map(class_map) if class_map else None, size, stem, offline)
     elif pretrained.is_wanted(name):
         pretrained.check(name, offline)
     else:
@@ -86,6 +112,20 @@ def check_teacher(name: ModelName, data: Dataset, *, size: int | None, stem: str
         choose_size(
             name, num_classes=classes, channels=channels, image_size=data.image_size, form=form, wanted=size
         )
+
+
+def _check_classes(
+    name: ModelName, data: Dataset, file: MapFile | None, size: int | None, stem: str, offline: bool
+) -> None:
+    names = file.teacher_classes if file else None
+    if _is_trained(name):
+        known = own_classifier(name, data, names, size=size, stem=stem, offline=offline, sketch=True)
+        own: tuple[str, ...] | None = known.classes
+    else:
+        pretrained.check(name, offline)
+        own = names or pretrained.published_classes(name)
+    if own is not None:  # a network on the hub says its classes when it is fetched
+        map_classes(own, data.classes, file, name.label, data.name)
 
 
 def _check_own(name: ModelName) -> None:
@@ -185,6 +225,6 @@ def _train_and_keep(
     return folder
 
 
-def can_be_trained(name: ModelName | None) -> bool:
+def can_be_trained(name: ModelName | None, class_map: Path | None = None) -> bool:
     """Whether it is trained here, so that another seed gives another; None is an object of the user's."""
-    return name is not None and not _is_trained(name)
+    return name is not None and not _is_trained(name) and class_map is None

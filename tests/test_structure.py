@@ -15,15 +15,24 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {"ensemble_kd": ROOT / "ensemble_kd", "ensemble_kd.teachers": ROOT / "teachers",
            "ensemble_kd.analysis": ROOT / "analysis"}  # fmt: skip
 
+# fmt: off
 LEVELS = [
     {"ensemble_kd"},
     {"errors", "files", "console", "names"},
-    {"losses", "combine", "metrics", "initialise", "students", "forms", "schema", "device"},
-    {"config", "classifier", "models", "data.views", "data.archives", "data.dataset"},
-    {"data.folders", "data.sources", "weights", "pretrained", "data", "data.inspect", "curves"},
+    {
+        "losses", "combine", "weighting", "calibration", "metrics", "initialise", "students", "forms",
+        "schema", "device", "imagenet",
+    },
+    {"config", "classifier", "models", "features", "data.views", "data.archives", "data.dataset"},
+    {
+        "data.folders", "data.unlabelled", "data.sources", "weights", "pretrained", "data", "data.inspect",
+        "curves", "objective",
+    },
     {"fresh", "fit", "runs", "results"},
-    {"recipes", "tables", "teachers", "teachers.library", "teachers.outputs", "teachers.ensemble"},
-    {"teachers.registry", "teachers.catalogue"},
+    {"recipes", "tables", "teachers", "teachers.library", "teachers.outputs", "teachers.class_map"},
+    {"teachers.ensemble", "teachers.targets"},
+    {"teachers.registry", "teachers.catalogue", "teachers.combination"},
+    {"setting"},
     {"distillation", "training", "evaluation", "analysis", "analysis.plots"},
     {"analysis.agreement"},
     {"cli.options"},
@@ -31,6 +40,7 @@ LEVELS = [
     {"cli"},
     {"__main__"},
 ]
+# fmt: on
 """Modules by level; a module may import those below it, and those of its own level without a circle."""
 
 

@@ -17,7 +17,7 @@ from ensemble_kd.errors import EkdError
 from ensemble_kd.schema import Options
 
 STOPPED = 75
-_TABLES = {"temperature": "T|NAME=T,...", "teacher_size": "NAME=N,..."}
+_TABLES = {"temperature": "T|NAME=T,...", "teacher_size": "NAME=N,...", "class_map": "NAME=FILE,..."}
 
 Config = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="YAML file with any of the options")

@@ -12,6 +12,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from ensemble_kd.errors import DataError
+from ensemble_kd.losses import UNLABELLED
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,14 @@ class Images:
                 "use labelled images, or --soft-weight 1",
             )
         return self.labels
+
+
+def joined(labelled: Images, unlabelled: Images) -> Images:
+    """Both one after the other; those without a label have `losses.UNLABELLED` in its place."""
+    labels = torch.full_like(unlabelled.ids, UNLABELLED)
+    pixels = torch.cat([labelled.pixels, unlabelled.pixels])
+    ids = torch.cat([labelled.ids, unlabelled.ids])
+    return Images(pixels, torch.cat([labelled.known_labels, labels]), ids)
 
 
 @dataclass(frozen=True)

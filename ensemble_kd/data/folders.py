@@ -86,7 +86,7 @@ def scan(path: Path) -> Folder:
     _check_classes(first, folder)
     for name, where in splits.items():
         folder.files[name] = _list_split(name, where, folder)
-    _read_headers(folder)
+    read_headers(folder)
     return folder
 
 
@@ -142,7 +142,7 @@ def _list_split(name: str, where: Path, folder: Folder) -> list[tuple[Path, int]
     for cls, label in index.items():
         if not (where / cls).is_dir():
             continue
-        paths = sorted(p for p in (where / cls).rglob("*") if _is_image(p, where))
+        paths = sorted(p for p in (where / cls).rglob("*") if is_image(p, where))
         if not paths and name in ("train", "all"):
             folder.errors.append(
                 Problem(
@@ -163,13 +163,13 @@ def _list_split(name: str, where: Path, folder: Folder) -> list[tuple[Path, int]
     return files
 
 
-def _is_image(path: Path, where: Path) -> bool:
+def is_image(path: Path, where: Path) -> bool:
     """By its ending; hidden files, and files in hidden folders, are none."""
     hidden = any(part.startswith((".", "__")) for part in path.relative_to(where).parts)
     return path.suffix.lower() in EXTENSIONS and not hidden and not path.is_dir()
 
 
-def _read_headers(folder: Folder) -> None:
+def read_headers(folder: Folder) -> None:
     """Sizes and modes of all images, and the files that are none."""
     paths = [path for files in folder.files.values() for path, _ in files]
     broken: list[Problem] = []

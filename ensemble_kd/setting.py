@@ -1,0 +1,231 @@
+"""What all networks of one distillation share, and everything that can be wrong, tried beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ensemble_kd import recipes
+from ensemble_kd.classifier import Classifier
+from ensemble_kd.console import log
+from ensemble_kd.data import load_data
+from ensemble_kd.data.dataset import Dataset, Images, joined
+from ensemble_kd.data.unlabelled import load_unlabelled
+from ensemble_kd.device import choose_device
+from ensemble_kd.errors import ConfigError, nearest, together
+from ensemble_kd.fit import Recipe
+from ensemble_kd.fresh import for_data, new_classifier
+from ensemble_kd.losses import LOSSES
+from ensemble_kd.models import ModelName, parse
+from ensemble_kd.names import label_of
+from ensemble_kd.objective import Viewing
+from ensemble_kd.schema import CombineOptions, DistillOptions
+from ensemble_kd.teachers.combination import Combination, find_combiner, label_free
+from ensemble_kd.teachers.ensemble import Teacher
+from ensemble_kd.teachers.registry import can_be_trained, check_teacher, load_teacher
+from ensemble_kd.weighting import inputs_of
+
+STORED_VIEWS = 16
+STORED_BYTES = 1_000_000_000
+_FEATURES = 2048
+"""How many features a teacher is taken to have, where memory is planned before it is loaded."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all networks of one run share."""
+
+    options: DistillOptions
+    data: Dataset
+    transfer: Images
+    """What the student is distilled on: the training images, unlabelled ones, or both."""
+    device: torch.device
+    start: Classifier
+    """The student before training; every control starts from the same weights."""
+    recipe: Recipe
+    viewing: Viewing
+    combination: Combination
+    temperatures: dict[str, float]
+    """Of the teachers by label, and perhaps of the `student`."""
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What was given as Python objects instead of names."""
+
+    teachers: dict[str, Teacher]
+    student: Classifier | None = None
+    combine: Callable[..., Tensor] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.teachers) or self.student is not None or self.combine is not None
+
+
+def prepare(options: DistillOptions, objects: Objects) -> tuple[Setting, list[ModelName | None]]:
+    """Everything that can be wrong is tried before anything is trained or written, and told at once."""
+    texts = [text for text in options.teachers if text not in objects.teachers]
+    student = objects.student
+    *parsed, named_student, combination, device, data, _ = together(
+        *(partial(parse, text) for text in texts),
+        partial(parse, options.student) if student is None else lambda: None,
+        partial(combination_of, options, objects.combine),
+        partial(choose_device, options.device),
+        partial(load_data, **options.load_arguments()),
+        partial(_check_loss, options),
+    )
+    by_text = dict(zip(texts, parsed, strict=True))
+    names = [by_text.get(text) for text in options.teachers]
+    common: dict[str, Any] = {"stem": options.stem, "offline": options.offline}
+    _check_labels(options, combination)
+    *_, unlabelled, start = together(
+        partial(_check_controls, options, names),
+        *(partial(_check_object, teacher, data) for teacher in objects.teachers.values()),
+        *teacher_checks(options, parsed, data),
+        partial(load_unlabelled, options.unlabelled, data) if options.unlabelled else lambda: None,
+        partial(for_data, student, data, "the student")
+        if student is not None
+        else partial(
+            new_classifier, named_student, data, size=options.student_size, seed=options.seed, **common
+        ),
+    )
+    data = data.to(device)
+    transfer = _transfer(options, data, unlabelled and unlabelled.to(device))
+    recipe = recipes.student_recipe(start, len(transfer), options.training.model_dump())
+    viewing = _viewing(options, data, len(transfer), recipe)
+    temperatures = _temperatures(options)
+    setting = Setting(options, data, transfer, device, start, recipe, viewing, combination, temperatures)
+    return setting, names
+
+
+def combination_of(options: CombineOptions, function: Callable[..., Tensor] | None = None) -> Combination:
+    """How the options say that teachers are combined; `function` goes before the name.
+
+    Raises:
+        ConfigError, ModelError: there is no such combiner.
+    """
+    name, weigh = find_combiner(function or options.combine or ("fixed" if options.weights else "mean"))
+    return Combination(name, weigh, options.pool, options.calibrate, options.weights)
+
+
+def teacher_checks(
+    options: CombineOptions, names: Sequence[ModelName], data: Dataset
+) -> list[Callable[[], None]]:
+    """A check of each teacher, to be called together with others."""
+    return [
+        partial(
+            check_teacher,
+            name,
+            data,
+            size=options.teacher_size.get(name.label),
+            stem=options.stem,
+            offline=options.offline,
+            class_map=options.class_map.get(name.label),
+        )
+        for name in names
+    ]
+
+
+def teacher_of(
+    name: ModelName, options: CombineOptions, data: Dataset, seed: int, device: torch.device
+) -> Teacher:
+    """The teacher as the options want it; see `registry.load_teacher`."""
+    return load_teacher(
+        name,
+        data,
+        size=options.teacher_size.get(name.label),
+        stem=options.stem,
+        seed=seed,
+        augment=None if options.augment == "auto" else options.augment,
+        training=options.teacher_training.model_dump(),
+        train=options.train_teachers,
+        device=device,
+        offline=options.offline,
+        class_map=options.class_map.get(name.label),
+    )
+
+
+def _check_object(teacher: Teacher, data: Dataset) -> None:
+    if teacher.class_map is None:
+        for_data(teacher.classifier, data, teacher.label)
+
+
+def _check_loss(options: DistillOptions) -> None:
+    if options.loss not in LOSSES:
+        raise ConfigError(
+            f"loss: there is no {options.loss!r}",
+            f"known are {', '.join(LOSSES)}",
+            nearest(options.loss, LOSSES) or "name one of these",
+        )
+    known = LOSSES[options.loss].numbers
+    given = options.loss_numbers.model_dump(exclude_none=True)
+    if extra := [name for name in given if name not in known]:
+        raise ConfigError(
+            f"loss_numbers: {options.loss} has no {', '.join(extra)}",
+            f"it has {', '.join(known) or 'no numbers of its own'}",
+            "leave them out, or choose another loss",
+        )
+
+
+def _check_labels(options: DistillOptions, combination: Combination) -> None:
+    """Refuse what needs the labels of images that have none."""
+    if options.unlabelled is None:
+        return
+    if "labels" in inputs_of(combination.weigh):
+        raise ConfigError(
+            f"combine: {combination.name} needs the label of every training image",
+            "the unlabelled ones have none",
+            f"choose one of {', '.join(label_free())}",
+        )
+    if LOSSES[options.loss].needs_labels:
+        free = [name for name, loss in LOSSES.items() if not loss.needs_labels]
+        raise ConfigError(
+            f"loss: {options.loss} needs the label of every training image",
+            "the unlabelled ones have none",
+            f"choose one of {', '.join(free)}",
+        )
+
+
+def _check_controls(options: DistillOptions, names: Sequence[ModelName | None]) -> None:
+    if "independent" not in options.controls:
+        return
+    fixed = [
+        label_of(text)
+        for text, name in zip(options.teachers, names, strict=True)
+        if not can_be_trained(name, name and options.class_map.get(name.label))
+    ]
+    if fixed:
+        raise ConfigError(
+            f"controls: independent teachers cannot be made for {', '.join(fixed)}",
+            "they come with trained weights, so there is no other seed to train",
+            "leave that control out: --controls labels,best-teacher",
+        )
+
+
+def _transfer(options: DistillOptions, data: Dataset, unlabelled: Images | None) -> Images:
+    if unlabelled is None:
+        return data.train
+    beside = "alone" if options.unlabelled_only else f"beside {len(data.train):,} labelled ones"
+    log.info("distilling on %s unlabelled images %s", f"{len(unlabelled):,}", beside)
+    return unlabelled if options.unlabelled_only else joined(data.train, unlabelled)
+
+
+def _viewing(options: DistillOptions, data: Dataset, count: int, recipe: Recipe) -> Viewing:
+    policy = data.augment if options.augment == "auto" else options.augment
+    wanted = 1 if policy == "none" else min(STORED_VIEWS, recipe.epochs)
+    numbers = len(data.classes) + (_FEATURES if options.feature_weight else 0)
+    view_bytes = 4 * len(options.teachers) * count * numbers
+    default = min(wanted, STORED_BYTES // view_bytes)  # none fits: teachers run live
+    return Viewing(policy, default if options.views is None else options.views, options.seed)
+
+
+def _temperatures(options: DistillOptions) -> dict[str, float]:
+    """The temperature of each teacher, and the student's own where it is given."""
+    table = options.temperature if isinstance(options.temperature, dict) else {}
+    default = LOSSES[options.loss].temperature
+    common = options.temperature if isinstance(options.temperature, float) else default
+    return {label_of(text): common for text in options.teachers} | table
