@@ -26,12 +26,14 @@ _API = {
     "inspect_data": "ensemble_kd.data.inspect",
     "list_models": "ensemble_kd.teachers.catalogue",
     "analyze_agreement": "ensemble_kd.analysis.agreement",
+    "analyze_teachers": "ensemble_kd.analysis.teachers",
     "EkdError": "ensemble_kd.errors",
 }
 __all__ = [*_API, "__version__"]
 
 if TYPE_CHECKING:  # the same names, for type checkers and editors
     from ensemble_kd.analysis.agreement import analyze_agreement as analyze_agreement
+    from ensemble_kd.analysis.teachers import analyze_teachers as analyze_teachers
     from ensemble_kd.data import load_data as load_data
     from ensemble_kd.data.inspect import inspect_data as inspect_data
     from ensemble_kd.distillation import distill as distill

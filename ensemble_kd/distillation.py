@@ -24,7 +24,7 @@ from ensemble_kd.results import compare
 from ensemble_kd.runs import Run, Stopwatch, surroundings
 from ensemble_kd.schema import DistillOptions
 from ensemble_kd.setting import Objects, Setting, prepare, teacher_of
-from ensemble_kd.teachers.combination import best_alone, set_up
+from ensemble_kd.teachers.combination import best_alone, describe, set_up
 from ensemble_kd.teachers.ensemble import Ensemble, Outputs, Teacher
 from ensemble_kd.teachers.library import recipe_of
 from ensemble_kd.teachers.targets import LiveTargets, StoredTargets
@@ -155,11 +155,10 @@ def _teacher(name: ModelName, setting: Setting, seed: int | None = None) -> Teac
 
 @dataclass(frozen=True)
 class _Judges:
-    """An ensemble, its logits (K, N, C) on the validation split, and what was fitted there."""
+    """An ensemble, and its logits (K, N, C) on the validation split."""
 
     ensemble: Ensemble
     val_logits: Tensor
-    report: dict[str, Any]
 
 
 def _combined(teachers: list[Teacher], setting: Setting) -> _Judges:
@@ -169,10 +168,10 @@ def _combined(teachers: list[Teacher], setting: Setting) -> _Judges:
     temperatures = torch.tensor([setting.temperatures[teacher.label] for teacher in teachers])
     logits = torch.stack([teacher.all_logits(val) for teacher in teachers])
     features = options.feature_weight > 0
-    ensemble, report = set_up(
+    ensemble = set_up(
         teachers, temperatures, setting.combination, logits, val, seed=options.seed, features=features
     )
-    return _Judges(ensemble, logits, report)
+    return _Judges(ensemble, logits)
 
 
 def _train_networks(
@@ -292,12 +291,13 @@ def _conclude(
     run.keep_predictions(logits, test.known_labels)
     draw_curves(run.history(), run.path("curves.png"))
     watch.lap("pictures")
+    report = describe(ensemble, setting.combination, judges.val_logits, setting.data.val)
     metrics = {
         "data": setting.data.name,
         "split": "test",
         "n": len(test),
         **metrics,
-        "combination": {**judges.report, "mean_weights": _last_weights(run)},
+        "combination": {**report, "mean_weights": _last_weights(run)},
         "seconds": watch.seconds,
     }
     manifest = surroundings(setting.device) | {

@@ -104,8 +104,10 @@ def measure(
     return {**measures, "ece": Measure(value=value, low=low, high=high)}
 
 
-def bootstrap_mean(values: Float[Tensor, " N"], *, resamples: int = RESAMPLES, seed: int = 0) -> Measure:
-    """The mean of `values` with its 95 % percentile bootstrap interval."""
+def bootstrap_mean(
+    values: Float[Tensor, " N"], *, resamples: int = RESAMPLES, seed: int = 0, confidence: float = 0.95
+) -> Measure:
+    """The mean of `values` with its percentile bootstrap interval, of 95 % unless `confidence` differs."""
     array = values.detach().cpu().numpy().astype(np.float64)
     mean = float(array.mean())
     if len(array) < 2:
@@ -116,6 +118,7 @@ def bootstrap_mean(values: Float[Tensor, " N"], *, resamples: int = RESAMPLES, s
         n_resamples=resamples,
         batch=100,
         method="percentile",
+        confidence_level=confidence,
         rng=np.random.default_rng(seed),
     )
     interval = result.confidence_interval

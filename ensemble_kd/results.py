@@ -54,7 +54,7 @@ def compare(
     for name, mask in zip(teachers, () if known is None else known.to(labels.device), strict=False):
         if not bool(mask.all()):
             kept = {key: rows[name][key] for key in ("role", "parameters", "bytes")}
-            rows[name] = {**kept, **_among(mask, logits[name], labels)}
+            rows[name] = {**kept, **among(mask, logits[name], labels)}
     differences = {
         name: paired_differences(logits["student"], logits[name], labels, target)
         for name in networks
@@ -70,7 +70,7 @@ def paired_differences(first: Tensor, second: Tensor, labels: Tensor, target: Te
     return {name: bootstrap_mean(ours[name] - theirs[name]) for name in ours}
 
 
-def _among(mask: Tensor, logits: Tensor, labels: Tensor) -> dict[str, Any]:
+def among(mask: Tensor, logits: Tensor, labels: Tensor) -> dict[str, Any]:
     """The measures of a model among the classes in `mask`, on the samples of these classes."""
     rows, places = mask[labels], mask.cumsum(0) - 1
     counts = {"classes": int(mask.sum()), "images": int(rows.sum())}

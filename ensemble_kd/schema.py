@@ -262,6 +262,12 @@ class CombineOptions(RunOptions):
         return []
 
 
+class TeachersOptions(CombineOptions):
+    """`ekd analyze-teachers`."""
+
+    resamples: Count = Field(1000, description="of the bootstrap")
+
+
 class LossNumbers(Options):
     """The own numbers of a loss, where they are not its defaults (see `losses.LOSSES`)."""
 

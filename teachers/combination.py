@@ -87,28 +87,20 @@ def set_up(
     *,
     seed: int = 0,
     features: bool = False,
-) -> tuple[Ensemble, dict[str, Any]]:
-    """The ensemble, with everything fitted that is fitted on the validation split, and a report.
+) -> Ensemble:
+    """The ensemble, with everything fitted that is fitted on the validation split.
 
     Args:
         logits: of the teachers (K, N, C) for the images of the validation split `val`.
         seed: of the draws of combiners that draw.
         features: whether targets shall carry the teachers' features.
 
-    Returns:
-        The ensemble; and `combine`, `pool`, `weights` by teacher (those that evaluation uses), whether
-        they `vary` by batch, `scales` and `after` (temperatures of the calibration), `discarded` (the
-        probability outside the class maps), `validation` (`n`, and `nll` of the `ensemble`, of
-        `uniform` weights and of the `best` teacher, at temperature 1), and for `learned` the `gap` to
-        the optimum that cannot be exceeded.
-
     Raises:
         ConfigError: the weights are none, or the combiner does not suit the teachers.
     """
-    count = len(teachers)
+    count, labels = len(teachers), val.known_labels
     plain = Ensemble(teachers, uniform_weights(count), temperatures, how.pool, seed=seed, features=features)
     _check_known(plain, how)
-    labels = val.known_labels
     if how.calibrate in ("teachers", "both"):
         plain = replace(plain, scales=_fit_scales(plain, logits, labels))
     z = plain.calibrated(logits)
@@ -122,7 +114,7 @@ def set_up(
         ensemble = replace(plain, weigh=how.weigh)
     if how.calibrate in ("pool", "both"):
         ensemble = replace(ensemble, after=fit_temperature(ensemble.target(logits).plain, labels))
-    return ensemble, _report(ensemble, plain, how, logits, val)
+    return ensemble
 
 
 def best_alone(ensemble: Ensemble, logits: Tensor, labels: Tensor) -> Ensemble:
@@ -243,19 +235,23 @@ def _try_on_a_batch(how: Combination, ensemble: Ensemble, z: Tensor, val: Images
     _tried(how, offered, (count,), (count, batch))
 
 
-def _report(
-    ensemble: Ensemble, plain: Ensemble, how: Combination, logits: Tensor, val: Images
-) -> dict[str, Any]:
+def describe(ensemble: Ensemble, how: Combination, logits: Tensor, val: Images) -> dict[str, Any]:
+    """What `set_up` made of its arguments, and what it is worth on the validation split.
+
+    Returns:
+        `combine`, `pool`, `weights` by teacher (those that evaluation uses), whether they `vary` by
+        batch, `scales` and `after` (temperatures of the calibration), `discarded` (the probability
+        outside the class maps), `known` (how many classes teachers know that do not know all),
+        `validation` (`n`, and `nll` of the `ensemble`, of `uniform` weights and of the `best` teacher,
+        at temperature 1), and for `learned` the `gap`, by how much at most the NLL of the weights lies
+        above the lowest.
+    """
     labels, names = val.known_labels, [teacher.label for teacher in ensemble.teachers]
-
-    def nll(of: Ensemble) -> float:
-        log_p = of.target(logits).plain
-        return float(-log_p.double().gather(1, labels[:, None]).mean())
-
-    judged = {"ensemble": nll(ensemble), "uniform": nll(replace(plain, weights=uniform_weights(len(names))))}
-    best = best_alone(plain, logits, labels) if _whole(ensemble) else None
+    uniform = replace(ensemble, weights=uniform_weights(len(names)), weigh=None, after=1.0)
+    nll = {"ensemble": _nll(ensemble, logits, labels), "uniform": _nll(uniform, logits, labels)}
+    best = best_alone(uniform, logits, labels) if _whole(ensemble) else None
     if best is not None:
-        judged["best"] = nll(best)
+        nll["best"] = _nll(best, logits, labels)
     gap = {}
     if how.weigh is learned_weights:
         gap["gap"] = optimality_gap(ensemble.weights, ensemble.calibrated(logits), labels, how.pool)
@@ -271,11 +267,15 @@ def _report(
         "known": _known_names(ensemble),
         "validation": {
             "n": len(labels),
-            "nll": judged,
+            "nll": nll,
             "best": names[int(best.weights.argmax())] if best is not None else None,
         },
         **gap,
     }
+
+
+def _nll(ensemble: Ensemble, logits: Tensor, labels: Tensor) -> float:
+    return float(-ensemble.target(logits).plain.double().gather(1, labels[:, None]).mean())
 
 
 def _known_names(ensemble: Ensemble) -> dict[str, int]:

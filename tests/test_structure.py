@@ -33,10 +33,10 @@ LEVELS = [
     {"teachers.ensemble", "teachers.targets"},
     {"teachers.registry", "teachers.catalogue", "teachers.combination"},
     {"setting"},
-    {"distillation", "training", "evaluation", "analysis", "analysis.plots"},
-    {"analysis.agreement"},
+    {"distillation", "training", "evaluation", "analysis", "analysis.plots", "analysis.diversity"},
+    {"analysis.agreement", "analysis.teachers"},
     {"cli.options"},
-    {"cli.distill", "cli.train", "cli.evaluate", "cli.agreement", "cli.models", "cli.data"},
+    {"cli.distill", "cli.train", "cli.evaluate", "cli.agreement", "cli.teachers", "cli.models", "cli.data"},
     {"cli"},
     {"__main__"},
 ]

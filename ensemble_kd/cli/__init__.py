@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from ensemble_kd import __version__
-from ensemble_kd.cli import agreement, data, distill, evaluate, models, train
+from ensemble_kd.cli import agreement, data, distill, evaluate, models, teachers, train
 
 app = typer.Typer(
     name="ekd",
@@ -37,6 +37,7 @@ app.command("resume")(distill.resume)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("analyze-agreement")(agreement.analyze_agreement)
+app.command("analyze-teachers")(teachers.analyze_teachers)
 app.command("models")(models.models)
 app.command("data")(data.data)
 

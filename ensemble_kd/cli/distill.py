@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ensemble_kd.cli.options import Debug, Json, Quiet, emit, guarded, hint_next, verb
+from ensemble_kd.cli.options import NO_TRAIN, Debug, Json, Quiet, emit, guarded, hint_next, verb
 from ensemble_kd.schema import DistillOptions
 
 if TYPE_CHECKING:
@@ -54,10 +54,7 @@ _FLAGS = (
 )
 
 
-_SWITCHES = {"train_teachers": ("--no-train", "fail where a teacher would have to be trained")}
-
-
-@verb(DistillOptions, _FLAGS, switches=_SWITCHES)
+@verb(DistillOptions, _FLAGS, switches=NO_TRAIN)
 def distill(given: dict[str, Any], config: Path | None, sets: list[str], as_json: bool) -> None:
     """Teach one student from several teachers, beside its controls."""
     from ensemble_kd.distillation import distill as run

@@ -17,6 +17,7 @@ from ensemble_kd.errors import EkdError
 from ensemble_kd.schema import Options
 
 STOPPED = 75
+NO_TRAIN = {"train_teachers": ("--no-train", "fail where a teacher would have to be trained")}
 _TABLES = {"temperature": "T|NAME=T,...", "teacher_size": "NAME=N,...", "class_map": "NAME=FILE,..."}
 
 Config = Annotated[

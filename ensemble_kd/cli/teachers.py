@@ -1,0 +1,46 @@
+"""`ekd analyze-teachers`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from ensemble_kd.cli.options import NO_TRAIN, emit, hint_next, verb
+from ensemble_kd.schema import TeachersOptions
+
+_FLAGS = (
+    "teachers",
+    "data",
+    "data_root",
+    "split",
+    "image_size",
+    "limit_train",
+    "combine",
+    "weights",
+    "pool",
+    "calibrate",
+    "class_map",
+    "augment",
+    "teacher_epochs",
+    "teacher_size",
+    "stem",
+    "train_teachers",
+    "seed",
+    "teacher_seed",
+    "device",
+    "offline",
+    "out",
+)
+
+
+@verb(TeachersOptions, _FLAGS, switches=NO_TRAIN)
+def analyze_teachers(given: dict[str, Any], config: Path | None, sets: list[str], as_json: bool) -> None:
+    """Judge teachers on the validation split: each alone, every combiner, and which one to drop."""
+    from ensemble_kd.analysis.teachers import analyze_teachers as run
+
+    result = run(config_file=config, sets=sets, **given)
+    emit(as_json, {"folder": str(result.folder), **result.numbers}, result.table())
+    print(f"\nnumbers: {result.folder / 'teachers.json'}", file=sys.stderr)
+    names = ",".join(result.numbers["teachers"])
+    hint_next(["ekd", "distill", "--teachers", names, "--data", result.numbers["data"]])
