@@ -120,7 +120,7 @@ def _load(
     together(*teacher_checks(options, parsed, data))
     data = data.to(device)
     by_text = {name.text: teacher_of(name, options, data, options.teacher_seed, device) for name in parsed}
-    found = [objects.get(text) or by_text[text] for text in options.teachers]
+    found = [by_text[text] if text in by_text else objects[text].for_data(data) for text in options.teachers]
     for teacher in found:
         teacher.classifier.to(device)
     return found, data.val, data.name, how

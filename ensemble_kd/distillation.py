@@ -138,7 +138,7 @@ def _distill(options: DistillOptions, objects: Objects, run: Run | None) -> Dist
     watch.lap("data")
     with run.working():
         teachers = [
-            objects.teachers[label] if name is None else _teacher(name, setting)
+            setting.given[label] if name is None else _teacher(name, setting)
             for label, name in zip(options.teachers, names, strict=True)
         ]
         judges = _combined(teachers, setting)

@@ -106,9 +106,9 @@ def _build(
     if not is_file(name.weights) and name.weights != "own" and not scratch:
         loaded = _published(name, classes, channels, size, form, offline)
     if loaded is not None:
+        log.info("%s starts from %s", name.label, loaded.origin)
         if not sketch:
             say_conversion(loaded.channels, data, name.label)
-        log.info("%s starts from %s", name.label, loaded.origin)
         return _published_classifier(name, loaded, data.classes, data)
     side = choose_size(
         name, num_classes=classes, channels=channels, image_size=data.image_size, form=form, wanted=size

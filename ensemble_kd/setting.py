@@ -52,6 +52,8 @@ class Setting:
     combination: Combination
     temperatures: dict[str, float]
     """Of the teachers by label, and perhaps of the `student`."""
+    given: dict[str, Teacher]
+    """Teachers that were given as objects, by label."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,10 @@ def prepare(options: DistillOptions, objects: Objects) -> tuple[Setting, list[Mo
     names = [by_text.get(text) for text in options.teachers]
     common: dict[str, Any] = {"stem": options.stem, "offline": options.offline}
     _check_labels(options, combination)
-    *_, unlabelled, start = together(
+    count = len(objects.teachers)
+    _, *rest, unlabelled, start = together(
         partial(_check_controls, options, names),
-        *(partial(_check_object, teacher, data) for teacher in objects.teachers.values()),
+        *(partial(teacher.for_data, data) for teacher in objects.teachers.values()),
         *teacher_checks(options, parsed, data),
         partial(load_unlabelled, options.unlabelled, data) if options.unlabelled else lambda: None,
         partial(for_data, student, data, "the student")
@@ -98,7 +101,10 @@ def prepare(options: DistillOptions, objects: Objects) -> tuple[Setting, list[Mo
     recipe = recipes.student_recipe(start, len(transfer), options.training.model_dump())
     viewing = _viewing(options, data, len(transfer), recipe)
     temperatures = _temperatures(options)
-    setting = Setting(options, data, transfer, device, start, recipe, viewing, combination, temperatures)
+    given = dict(zip(objects.teachers, rest[:count], strict=True))
+    setting = Setting(
+        options, data, transfer, device, start, recipe, viewing, combination, temperatures, given
+    )
     return setting, names
 
 
@@ -147,11 +153,6 @@ def teacher_of(
         offline=options.offline,
         class_map=options.class_map.get(name.label),
     )
-
-
-def _check_object(teacher: Teacher, data: Dataset) -> None:
-    if teacher.class_map is None:
-        for_data(teacher.classifier, data, teacher.label)
 
 
 def _check_loss(options: DistillOptions) -> None:

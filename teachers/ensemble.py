@@ -13,12 +13,12 @@ from ensemble_kd.classifier import Classifier
 from ensemble_kd.combine import combine
 from ensemble_kd.console import progress
 from ensemble_kd.data import views
-from ensemble_kd.data.dataset import Images
+from ensemble_kd.data.dataset import Dataset, Images
 from ensemble_kd.errors import ModelError
 from ensemble_kd.features import FeatureTap
 from ensemble_kd.fit import EVAL_BATCH, predict
 from ensemble_kd.objective import Target, Viewing
-from ensemble_kd.teachers.class_map import ClassMap
+from ensemble_kd.teachers.class_map import ClassMap, map_classes
 from ensemble_kd.teachers.outputs import through_store
 from ensemble_kd.weighting import call, inputs_of
 
@@ -60,6 +60,17 @@ class Teacher:
         """Freeze `classifier` as a teacher; leave `storable` out for a module of your own."""
         classifier.freeze()
         return cls(label, classifier, origin, classifier.fingerprint(), storable, class_map)
+
+    def for_data(self, data: Dataset) -> Teacher:
+        """Itself, or itself with a class map where its classes are those of `data` in another order.
+
+        Raises:
+            ModelError: its classes are others.
+        """
+        if self.class_map is not None:
+            return self
+        mapping = map_classes(self.classifier.classes, data.classes, None, self.label, data.name)
+        return replace(self, class_map=mapping)
 
     def check_unchanged(self) -> str:
         """The hash of its tensors now.

@@ -197,7 +197,10 @@ def test_teacher_objects_and_a_student_object_are_taken(tmp_path, few_digits):
     run = distill([mine, "lenet"], "lenet", controls="none", out=tmp_path / "objects", **QUICK)
     assert list(run.metrics["models"]) == ["student", "mine", "lenet", "ensemble"]
     named = distill(["lenet"], "lenet", controls="none", out=tmp_path / "named", **QUICK)
-    assert named.student.fingerprint() == run.student.fingerprint()  # both teachers are the same network
+    # Both teachers are the same network, so their mean is that network but for rounding.
+    with torch.no_grad():
+        apart = (named.student(few_digits.test.pixels) - run.student(few_digits.test.pixels)).abs().max()
+    assert float(apart) < 1e-3
 
 
 def test_the_student_reloads_bit_equal(finished):
@@ -270,10 +273,10 @@ def test_everything_that_is_wrong_is_told_before_a_folder_is_made(tmp_path):
 
 def test_objects_must_know_the_classes_and_cannot_be_resumed(tmp_path, few_digits, monkeypatch):
     teacher = load_teacher("lenet", few_digits, training={"epochs": 1})
-    card = dataclasses.replace(teacher.classifier.card, classes=tuple(reversed(few_digits.classes)))
-    backwards = Teacher.of("mine", Classifier(teacher.classifier.net, card), "made here")
-    with pytest.raises(ModelError, match="'mine' has the classes of digits in another order"):
-        distill([backwards], "lenet", out=tmp_path / "x", **QUICK)
+    card = dataclasses.replace(teacher.classifier.card, classes=tuple("abcdefghij"))
+    other = Teacher.of("mine", Classifier(teacher.classifier.net, card), "made here")
+    with pytest.raises(ModelError, match="'mine' has other classes than digits"):
+        distill([other], "lenet", out=tmp_path / "x", **QUICK)
 
     def stop(*_, **__):
         raise KeyboardInterrupt
@@ -286,7 +289,7 @@ def test_objects_must_know_the_classes_and_cannot_be_resumed(tmp_path, few_digit
         resume(tmp_path / "y")
     assert str(error.value) == (
         f"{tmp_path / 'y'} cannot be resumed\n"
-        "  why: it was given teachers or a student as Python objects, which are not in the folder\n"
+        "  why: it was given teachers, a student or a function as Python objects, which are not in the folder\n"
         "  fix: call distill again with the same objects and overwrite=True"
     )
 

@@ -17,20 +17,12 @@ from ensemble_kd.classifier import Card, Classifier, Preprocess
 from ensemble_kd.data.dataset import Dataset, Images
 from ensemble_kd.data.views import order
 from ensemble_kd.errors import ModelError, TrainingError
-from ensemble_kd.fit import (
-    Objective,
-    Recipe,
-    TargetSource,
-    Viewing,
-    fit,
-    make_optimizer,
-    predict,
-    train_on_labels,
-    warmup_cosine,
-)
+from ensemble_kd.fit import Recipe, fit, make_optimizer, predict, train_on_labels, warmup_cosine
 from ensemble_kd.initialise import unit_variance
 from ensemble_kd.losses import distillation_loss, soft_cross_entropy
-from ensemble_kd.teachers.ensemble import Ensemble, LiveTargets, StoredTargets, Teacher
+from ensemble_kd.objective import Objective, TargetSource, Viewing
+from ensemble_kd.teachers.ensemble import Ensemble, Teacher
+from ensemble_kd.teachers.targets import LiveTargets, StoredTargets
 
 CPU = torch.device("cpu")
 CLASSES = tuple(str(digit) for digit in range(10))
@@ -318,7 +310,9 @@ def test_history_has_a_row_for_each_epoch(
     rows = run(conv_net(), few_digits, objective)
     assert [(row["epoch"], row["step"]) for row in rows] == [(1, 5), (2, 10), (3, 15)]
     for row in rows:
-        assert set(row) == {"epoch", "step", "train", "val", "lr", "seconds", "images_per_second"}
+        assert set(row) == {
+            "epoch", "step", "train", "val", "lr", "soft_weight", "seconds", "images_per_second",
+        }  # fmt: skip
         assert set(row["train"]) == in_train
         assert set(row["val"]) == in_train | {"accuracy"}
         assert 0 <= row["val"]["accuracy"] <= 1
