@@ -51,7 +51,9 @@ def reverse_kl(
 ) -> Float[Tensor, ""]:
     """T² · KL(softmax(logits / T) ‖ target), in nats; infinite where the target has a zero."""
     log_q = F.log_softmax(_wide(logits) / temperature, dim=1)
-    return (log_q.exp() * (log_q - _wide(log_target))).sum(dim=1).mean() * temperature**2
+    apart = log_q - _wide(log_target)
+    terms = torch.where(apart.isposinf(), apart, log_q.exp() * apart)  # also where q underflows
+    return terms.sum(dim=1).mean() * temperature**2
 
 
 def jensen_shannon(
@@ -124,7 +126,7 @@ def standardised_kl(
     logits: Float[Tensor, "B C"], log_target: Float[Tensor, "B C"], temperature: float
 ) -> Float[Tensor, ""]:
     """T² · KL of both sides' logits after z-scoring each sample's (Sun et al. 2024, logit standardisation)."""
-    student, teacher = (_standardised(_wide(z)) for z in (logits, temperature * log_target))
+    student, teacher = (_standardised(z) for z in (_wide(logits), temperature * _wide(log_target)))
     return kl_to_target(student, F.log_softmax(teacher / temperature, dim=1), temperature)
 
 

@@ -321,6 +321,8 @@ def test_teachers_that_know_all_are_mixed_as_ever(
         target = combine(logits, weights, temperatures, pool, known=known, after=after)
         expected = reference(logits, weights, temperatures, pool, after)
         np.testing.assert_allclose(target.exp(), np.exp(expected), atol=1e-9)
+        seen = expected > -200  # far below, some bound stands for them
+        np.testing.assert_allclose(target.numpy()[seen], expected[seen], rtol=1e-9, atol=1e-9)
         assert_log_probabilities(target)
 
 
@@ -446,16 +448,14 @@ def test_identical_partial_teachers_count_as_one_of_their_weight() -> None:
     np.testing.assert_allclose(three.exp(), two.exp(), atol=1e-8)
 
 
-def test_all_the_weight_on_one_teacher_gives_that_teacher_on_its_classes() -> None:
-    logits, known = numbers(2, B, C), mask(KNOWN["a full and a partial one"])
-    p = within(logits, torch.ones(2), known)
-    full = combine(logits, torch.tensor([1.0, 0.0]), torch.ones(2), known=known)
-    np.testing.assert_allclose(full.exp(), p[0], atol=1e-9)
-    partial = combine(logits, torch.tensor([0.0, 1.0]), torch.ones(2), known=known).exp().numpy()
-    s = known[1].numpy()
-    np.testing.assert_allclose(
-        partial[:, s] / partial[:, s].sum(axis=1, keepdims=True), p[1][:, s], atol=1e-9
-    )
+@every_pattern
+def test_all_the_weight_on_one_partial_teacher_gives_that_teacher(rows: list[str]) -> None:
+    known, count = mask(rows), len(rows)
+    logits, temperatures = numbers(count, B, C), TEMPERATURES[:count]
+    p = within(logits, temperatures, known)
+    for chosen in range(count):
+        target = combine(logits, torch.eye(count)[chosen], temperatures, known=known)
+        np.testing.assert_allclose(target.exp(), p[chosen], atol=1e-9)
 
 
 @every_pattern
@@ -501,8 +501,8 @@ def test_overlap(rows: list[str], nobody: list[int], joined: bool) -> None:
     assert overlap(mask(rows[::-1])) == (nobody, joined)
 
 
-# Properties: 7 × 1,000 examples, all pools in each; those of the weights add 4,500 (test_weighting.py).
-EXAMPLES = settings(max_examples=1000, deadline=None, derandomize=True, database=None)
+# Properties: 7 × 800 = 5,600 examples, all pools in each; those of the weights add 4,500 (test_weighting.py).
+EXAMPLES = settings(max_examples=800, deadline=None, derandomize=True, database=None)
 
 
 @st.composite
