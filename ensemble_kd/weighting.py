@@ -172,7 +172,7 @@ def inputs_of(weigh: Callable[..., Tensor]) -> frozenset[str]:
     return frozenset(named)
 
 
-def call(weigh: Callable[..., Tensor], offered: dict[str, Any]) -> Tensor:
+def call(weigh: Callable[..., Tensor], offered: dict[str, Any]) -> Any:
     """The weights, from those of the offered inputs that the function names."""
     return weigh(**{name: offered[name] for name in inputs_of(weigh)})
 

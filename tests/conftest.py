@@ -14,6 +14,8 @@ jaxtyping.install_import_hook(
     [
         "ensemble_kd.losses",
         "ensemble_kd.combine",
+        "ensemble_kd.weighting",
+        "ensemble_kd.calibration",
         "ensemble_kd.metrics",
         "ensemble_kd.data.views",
     ],
@@ -32,6 +34,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
     os.environ["TORCH_HOME"] = str(tmp_path_factory.mktemp("torch"))
+    torch.set_num_threads(1)  # small networks gain nothing from more, and wait for each other beside others
 
 
 @pytest.fixture(autouse=True)

@@ -321,7 +321,7 @@ def test_teachers_that_know_all_are_mixed_as_ever(
         target = combine(logits, weights, temperatures, pool, known=known, after=after)
         expected = reference(logits, weights, temperatures, pool, after)
         np.testing.assert_allclose(target.exp(), np.exp(expected), atol=1e-9)
-        seen = expected > -200  # far below, some bound stands for them
+        seen = expected > -25  # far below, a bound may stand for them
         np.testing.assert_allclose(target.numpy()[seen], expected[seen], rtol=1e-9, atol=1e-9)
         assert_log_probabilities(target)
 
