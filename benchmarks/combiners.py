@@ -11,16 +11,12 @@ the commit and the command.
 from __future__ import annotations
 
 import argparse
-import platform
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from scipy import stats
+from common import RESULTS, commit_now, points, spread_cell, surroundings, t_interval
 
 from ensemble_kd import files
 from ensemble_kd.console import log_to_stderr
@@ -31,7 +27,6 @@ from ensemble_kd.training import train
 from ensemble_kd.weighting import COMBINERS
 
 COLUMNS = {"accuracy": 100.0, "nll": 1.0, "ece": 1.0, "agreement": 100.0}
-RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/combiners")
 
 
@@ -41,11 +36,11 @@ def main() -> None:
     )
     parser.add_argument("name")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--teachers", default="resnet8,cifar-quick,mobilenetv3_small_050")
+    parser.add_argument("--teachers", default="resnet8,cifar-quick,tv:squeezenet1_1")
     parser.add_argument("options", nargs="*")
     arguments = parser.parse_intermixed_args()
     log_to_stderr()
-    started, commit = time.perf_counter(), commit_now()  # before anything runs: sources may change meanwhile
+    started, commit = time.perf_counter(), commit_now()
     teachers = [*arguments.teachers.split(","), str(bad_teacher(arguments))]
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     runs = {name: [] for name in ("labels", "mean", *COMBINERS) if name != "fixed"}
@@ -59,8 +54,8 @@ def main() -> None:
     summary = {"students": summarise(runs), "judges": judges}
     print(table(summary, arguments, metrics["n"], len(seeds)))
     seconds = time.perf_counter() - started
-    facts = about(arguments, metrics, commit, seconds)
-    files.write_json(RESULTS / f"combiners-{arguments.name}.json", summary | facts)
+    facts = {"data": metrics["data"], "n": metrics["n"], "seeds": seeds, "seconds": seconds}
+    files.write_json(RESULTS / f"combiners-{arguments.name}.json", summary | facts | surroundings(commit))
 
 
 def bad_teacher(arguments: argparse.Namespace) -> Path:
@@ -98,24 +93,16 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         }
         for other in ("labels", "mean"):
             theirs = [model["accuracy"]["value"] for model in runs[other]]
-            rows[name][f"over_{other}"] = interval(np.subtract(values["accuracy"], theirs))
+            rows[name][f"over_{other}"] = t_interval(np.subtract(values["accuracy"], theirs))
     return rows
-
-
-def interval(differences: np.ndarray) -> dict[str, float]:
-    """Mean of paired differences with a 95 % t interval over seeds."""
-    count = len(differences)
-    half = stats.t.ppf(0.975, count - 1) * differences.std(ddof=1) / count**0.5 if count > 1 else np.nan
-    mean = float(differences.mean())
-    return {"mean": mean, "low": mean - float(half), "high": mean + float(half)}
 
 
 def table(summary: dict[str, Any], arguments: argparse.Namespace, images: int, seeds: int) -> str:
     """One row a student, then the teachers."""
     rows = []
     for name, row in summary["students"].items():
-        cells = [cell(row[column], scale) for column, scale in COLUMNS.items()]
-        gains = ["" if name == other else gain(row[f"over_{other}"]) for other in ("labels", "mean")]
+        cells = [spread_cell(row[column], scale) for column, scale in COLUMNS.items()]
+        gains = ["" if name == other else points(row[f"over_{other}"]) for other in ("labels", "mean")]
         rows.append([name, *cells, *gains])
     for name, row in summary["judges"].items():
         label = name if row["role"] == "ensemble" else f"teacher {name}"
@@ -127,39 +114,6 @@ def table(summary: dict[str, Any], arguments: argparse.Namespace, images: int, s
     headers = ["", "accuracy", "NLL", "ECE", "agreement", "points over labels", "points over mean"]
     title = f"{arguments.name}, test split, {images:,} images, {seeds} seeds: mean ± sd, 95 % t intervals"
     return text_table(headers, rows, title)
-
-
-def cell(value: dict[str, Any], scale: float) -> str:
-    digits, unit = (2, " %") if scale == 100 else (4, "")
-    return f"{scale * value['mean']:.{digits}f} ± {scale * value['sd']:.{digits}f}{unit}"
-
-
-def gain(value: dict[str, float]) -> str:
-    low, mean, high = (100 * value[key] for key in ("low", "mean", "high"))
-    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
-
-
-def commit_now() -> str:
-    """The short hash of the checked-out commit."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-
-def about(
-    arguments: argparse.Namespace, metrics: dict[str, Any], commit: str, seconds: float
-) -> dict[str, Any]:
-    """Where the figures come from."""
-    return {
-        "command": " ".join(["python", "benchmarks/combiners.py", *sys.argv[1:]]),
-        "data": metrics["data"],
-        "n": metrics["n"],
-        "seeds": arguments.seeds,
-        "seconds": seconds,
-        "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "commit": commit,
-    }
 
 
 if __name__ == "__main__":

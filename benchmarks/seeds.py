@@ -10,16 +10,12 @@ with the machine, the commit and the command.
 from __future__ import annotations
 
 import argparse
-import platform
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from scipy import stats
+from common import RESULTS, commit_now, spread_cell, surroundings, t_interval
 
 from ensemble_kd import files
 from ensemble_kd.console import log_to_stderr
@@ -28,7 +24,6 @@ from ensemble_kd.metrics import mean_and_spread
 from ensemble_kd.tables import text_table
 
 COLUMNS = {"accuracy": 100.0, "nll": 1.0, "ece": 1.0, "teacher_student_kl": 1.0, "agreement": 100.0}
-RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
@@ -41,7 +36,7 @@ def main() -> None:
     parser.add_argument("options", nargs="*")
     arguments = parser.parse_intermixed_args()
     log_to_stderr()
-    commit = commit_now()  # before anything runs: the sources may change meanwhile
+    commit = commit_now()
     runs, seconds = [], []
     for seed in map(int, arguments.seeds.split(",")):
         started = time.perf_counter()
@@ -56,7 +51,14 @@ def main() -> None:
         seconds.append(time.perf_counter() - started)
     summary = summarise(runs)
     print(table(summary, runs, seconds))
-    files.write_json(RESULTS / f"{arguments.name}.json", summary | about(arguments, runs, seconds, commit))
+    facts = {
+        "data": runs[0]["data"],
+        "n": runs[0]["n"],
+        "seeds": arguments.seeds,
+        "seconds": seconds,
+        "parts": [run["seconds"] for run in runs],
+    }
+    files.write_json(RESULTS / f"{arguments.name}.json", summary | facts | surroundings(commit))
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -75,8 +77,7 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     gains = {}
     for control in runs[0]["differences"]:
         values = np.array([run["differences"][control]["accuracy"]["value"] for run in runs])
-        half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
-        gains[control] = {"mean": values.mean(), "low": values.mean() - half, "high": values.mean() + half}
+        gains[control] = t_interval(values)
     return {"models": models, "gains": gains}
 
 
@@ -85,12 +86,7 @@ def table(summary: dict[str, Any], runs: list[dict[str, Any]], seconds: list[flo
     rows = []
     for name, row in summary["models"].items():
         label = name if row["role"] in ("student", "ensemble") else f"{row['role']} {name}"
-        cells = []
-        for column, scale in COLUMNS.items():
-            digits, unit = (2, " %") if scale == 100 else (4, "")
-            cells.append(
-                f"{abs(scale * row[column]['mean']):.{digits}f} ± {scale * row[column]['sd']:.{digits}f}{unit}"
-            )
+        cells = [spread_cell(row[column], scale) for column, scale in COLUMNS.items()]
         rows.append([label, *cells, f"{row['parameters']:,}"])
     title = f"{runs[0]['data']}, test split, {runs[0]['n']:,} images, {len(runs)} seeds, mean ± sd"
     lines = [text_table(["", "accuracy", "NLL", "ECE", "t–s KL", "agreement", "parameters"], rows, title)]
@@ -101,29 +97,6 @@ def table(summary: dict[str, Any], runs: list[dict[str, Any]], seconds: list[flo
         )
     lines.append("seconds a run: " + ", ".join(f"{s:.0f}" for s in seconds))
     return "\n".join(lines)
-
-
-def commit_now() -> str:
-    """The short hash of the checked-out commit."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-
-def about(
-    arguments: argparse.Namespace, runs: list[dict[str, Any]], seconds: list[float], commit: str
-) -> dict[str, Any]:
-    """Where the figures come from."""
-    return {
-        "command": " ".join(["python", "benchmarks/seeds.py", *sys.argv[1:]]),
-        "data": runs[0]["data"],
-        "n": runs[0]["n"],
-        "seeds": arguments.seeds,
-        "seconds": seconds,
-        "parts": [run["seconds"] for run in runs],
-        "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
-        "threads": torch.get_num_threads(),
-        "commit": commit,
-    }
 
 
 if __name__ == "__main__":

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jaxtyping
 import pytest
+import safetensors.torch
 import torch
+from torch import nn
 
 # Shapes in annotations are checked in the tests only; this must precede the first import of the modules.
 jaxtyping.install_import_hook(
@@ -72,3 +76,50 @@ def finished(tmp_path_factory: pytest.TempPathFactory, _own_cache: None) -> Dist
         limit_train=600,
         out=tmp_path_factory.mktemp("runs") / "finished",
     )
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """torch's own cache, empty."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    folder.mkdir(parents=True)
+    assert tmp_path in folder.parents
+    return folder
+
+
+@pytest.fixture
+def put_tv(checkpoints: Path) -> Callable[..., tuple[nn.Module, Path]]:
+    """Put random weights of a torchvision network where its download would lie."""
+    from torchvision import models
+
+    def put(arch: str, tag: str = "IMAGENET1K_V1", **options: Any) -> tuple[nn.Module, Path]:
+        net = models.get_model(arch, **options)
+        path = checkpoints / models.get_model_weights(arch)[tag].url.rpartition("/")[2]
+        torch.save(net.state_dict(), path)
+        return net, path
+
+    return put
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], nn.Module]:
+    """The hub's cache, empty; the function puts random weights of a timm network into it, in its layout."""
+    import huggingface_hub
+    import timm
+
+    folder = tmp_path / "hub"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+    def put(arch: str) -> nn.Module:
+        net, commit = timm.create_model(arch), "0" * 40
+        repository = folder / f"models--{timm.get_pretrained_cfg(arch).hf_hub_id.replace('/', '--')}"
+        for part in ("refs", f"snapshots/{commit}"):
+            (repository / part).mkdir(parents=True)
+        (repository / "refs" / "main").write_text(commit)
+        path = repository / "snapshots" / commit / "model.safetensors"
+        safetensors.torch.save_file(net.state_dict(), path, metadata={"format": "pt"})
+        return net
+
+    return put

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from urllib.error import URLError
 
-import huggingface_hub
 import pytest
-import safetensors.torch
 import timm
 import torch
 from support import logged, message, refused
@@ -49,49 +46,6 @@ def colour() -> Dataset:
 def large() -> Dataset:
     """Over 64 pixels: networks keep their stock form, and start from published weights."""
     return random_data(3, 72)
-
-
-@pytest.fixture
-def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """torch's own cache, empty."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    folder.mkdir(parents=True)
-    assert tmp_path in folder.parents
-    return folder
-
-
-@pytest.fixture
-def put_tv(checkpoints: Path) -> Callable[..., tuple[nn.Module, Path]]:
-    """Put random weights of a torchvision network where its download would lie."""
-
-    def put(arch: str, tag: str = V1, **options) -> tuple[nn.Module, Path]:
-        net = tv.get_model(arch, **options)
-        path = checkpoints / tv.get_model_weights(arch)[tag].url.rpartition("/")[2]
-        torch.save(net.state_dict(), path)
-        return net, path
-
-    return put
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], nn.Module]:
-    """The hub's cache, empty; the function puts random weights of a timm network into it, in its layout."""
-    folder = tmp_path / "hub"
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-
-    def put(arch: str) -> nn.Module:
-        net, commit = timm.create_model(arch), "0" * 40
-        repository = folder / f"models--{timm.get_pretrained_cfg(arch).hf_hub_id.replace('/', '--')}"
-        for part in ("refs", f"snapshots/{commit}"):
-            (repository / part).mkdir(parents=True)
-        (repository / "refs" / "main").write_text(commit)
-        path = repository / "snapshots" / commit / "model.safetensors"
-        safetensors.torch.save_file(net.state_dict(), path, metadata={"format": "pt"})
-        return net
-
-    return put
 
 
 def backbone(net: nn.Module, head: str) -> dict[str, torch.Tensor]:

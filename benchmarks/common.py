@@ -1,0 +1,52 @@
+"""What the benchmarks share: where results go, what they were measured on, and intervals over seeds."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def commit_now() -> str:
+    """The short hash of the checked-out commit; ask before anything runs, as sources may change meanwhile."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def surroundings(commit: str) -> dict[str, Any]:
+    """The command, the machine and the commit of a measurement."""
+    return {
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "commit": commit,
+    }
+
+
+def t_interval(differences: np.ndarray) -> dict[str, float]:
+    """Mean of paired differences over seeds with a 95 % t interval."""
+    count, mean = len(differences), float(differences.mean())
+    spread = differences.std(ddof=1) if count > 1 else np.nan
+    half = float(stats.t.ppf(0.975, max(count - 1, 1)) * spread / count**0.5)
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def spread_cell(value: dict[str, Any], scale: float) -> str:
+    """`mean ± sd`; shares (scale 100) in per cent."""
+    digits, unit = (2, " %") if scale == 100 else (4, "")
+    return f"{abs(scale * value['mean']):.{digits}f} ± {scale * value['sd']:.{digits}f}{unit}"
+
+
+def points(interval: dict[str, float]) -> str:
+    """A difference of shares in points, with its interval."""
+    low, mean, high = (100 * interval[key] for key in ("low", "mean", "high"))
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
