@@ -178,9 +178,9 @@ class _Judge:
         rows, places = mask[self.labels], mask.cumsum(0) - 1
         logits, labels = self.logits[k][rows][:, mask], places[self.labels[rows]]
         temperature = fit_temperature(logits, labels)
-        options = {"resamples": self.resamples, "seed": self.seed}
+        measured = partial(measure, labels=labels, resamples=self.resamples, seed=self.seed)
         row = among(mask, self.logits[k], self.labels) if not bool(mask.all()) else {}
-        raw, fitted = measure(logits, labels, **options), measure(logits / temperature, labels, **options)
+        raw, fitted = measured(logits), measured(logits / temperature)
         return {
             **{key: row[key] for key in ("classes", "images") if key in row},
             **raw,
@@ -277,8 +277,8 @@ def advice(without: dict[str, dict[str, Measure]]) -> str:
             f"95 % for all {len(without)} teachers together)."
         )
     return (
-        f"Keep all: leaving out none of them clearly lowers the validation NLL of their mean "
-        f"(nearest to it {name}: {-loss['value']:+.4f} lower, interval {-loss['high']:+.4f} … {-loss['low']:+.4f})."
+        f"Keep all: leaving out none of them clearly lowers the validation NLL of their mean (closest is "
+        f"{name}: without it the NLL changes by {_signed(loss)}, 95 % for all {len(without)} together)."
     )
 
 
@@ -297,7 +297,7 @@ def _teacher_table(numbers: dict[str, Any], title: str) -> str:
                 f"{row['temperature']:.2f}",
                 f"{row['calibrated_nll']['value']:.4f}",
                 f"{row['calibrated_ece']['value']:.4f}",
-                f"{lost['value']:+.4f} [{lost['low']:+.4f}, {lost['high']:+.4f}]" if lost else "–",
+                _signed(lost) if lost else "–",
             ]
         )
     return text_table(headers, rows, title)
@@ -316,8 +316,8 @@ def _combiner_table(numbers: dict[str, Any]) -> str:
                 name,
                 f"{100 * row['accuracy']['value']:.2f} %",
                 f"{row['nll']['value']:.4f}",
-                f"{100 * points['value']:+.2f} [{100 * points['low']:+.2f}, {100 * points['high']:+.2f}]",
-                f"{nll['value']:+.4f} [{nll['low']:+.4f}, {nll['high']:+.4f}]",
+                _signed(points, 100, 2),
+                _signed(nll),
             ]
         )
     pool = f"pool {numbers['pool']}, calibrated: {numbers['calibrate']}"
@@ -341,8 +341,16 @@ def _pair_table(numbers: dict[str, Any]) -> str:
     return text_table(headers, rows, "Diversity")
 
 
+def _signed(measured: Measure, scale: float = 1, digits: int = 4) -> str:
+    """A difference with its interval; a zero has no sign of its own."""
+    value, low, high = (
+        f"{round(scale * measured[key], digits) + 0.0:+.{digits}f}" for key in ("value", "low", "high")
+    )
+    return f"{value} [{low}, {high}]"
+
+
 def _percent(measured: Measure) -> str:
-    value, low, high = (100 * measured[key] for key in ("value", "low", "high"))  # type: ignore[literal-required]
+    value, low, high = (100 * measured[key] for key in ("value", "low", "high"))
     return f"{value:.2f} % [{low:.1f}, {high:.1f}]"
 
 

@@ -36,7 +36,7 @@ def main() -> None:
     )
     parser.add_argument("name")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--teachers", default="resnet8,cifar-quick,tv:squeezenet1_1")
+    parser.add_argument("--teachers", default="resnet8,cifar-quick,mobilenetv3_small_050")
     parser.add_argument("options", nargs="*")
     arguments = parser.parse_intermixed_args()
     log_to_stderr()

@@ -25,7 +25,8 @@ def pool_probabilities(
     logits: Float[Tensor, "K B C"], weights: Weights, temperatures: Float[Tensor, " K"]
 ) -> Float[Tensor, "B C"]:
     """log Σ_k w_k softmax(z_k / T_k): the mixture that Σ_k w_k KL(p_k ‖ q) pulls the student to."""
-    log_p = torch.log_softmax(logits / temperatures[:, None, None], dim=2)
+    largest = logits.amax(dim=2, keepdim=True)  # taken away, so that large logits keep their digits
+    log_p = torch.log_softmax((logits - largest) / temperatures[:, None, None], dim=2)
     return torch.logsumexp(log_p + _by_sample(weights).log(), dim=0)
 
 
@@ -108,22 +109,37 @@ def pool_partial(
     vote on the rest. The target u is the distribution that this leaves in peace,
     u = Σ_k w_k (u(S_k) p_k on S_k, and u itself elsewhere): with teachers that know all, the mixture.
     For each class Σ_{k knows c} w_k (u(S_k) p_k(c) − u(c)) = 0, so u is linear in the K masses
-    m_k = u(S_k), and they solve a K×K system. It has one solution where the known parts overlap into
-    one whole that holds every class.
+    m_k = u(S_k), which solve a K×K system (`_votes`). It has one solution where the known parts overlap
+    into one whole that holds every class.
     """
     missing = ~known[:, None, :]
     tempered = (logits / temperatures[:, None, None]).masked_fill(missing, -torch.inf)
-    p = torch.softmax(tempered.double(), dim=2)
+    log_p = torch.log_softmax(tempered.double(), dim=2)
     w = _by_sample(weights).double() * known[:, None, :]
-    # What teacher k gives to class c per unit of its mass: (K, B, C).
-    given = w * p / w.sum(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
-    flows = torch.einsum("ic,kbc->bik", known.double(), given)
-    eye = torch.eye(len(logits), dtype=torch.float64, device=logits.device)
-    system = torch.cat([flows - eye, given.sum(dim=2).T[:, None, :]], dim=1)
-    # Normal equations of "the flows balance, and all mass is 1"; the ridge only serves weights of 0.
-    masses = torch.linalg.solve(system.mT @ system + 1e-14 * eye, system[:, -1])
-    mixed = torch.einsum("bk,kbc->bc", masses.clamp_min(0), given)
-    return mixed.clamp_min(torch.finfo(torch.float64).tiny).log().log_softmax(dim=1).to(logits.dtype)
+    total = w.sum(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+    votes = _votes(log_p, w, known)
+    mixed = torch.logsumexp(log_p + votes.T.log()[:, :, None], dim=0) - total.log()
+    return mixed.clamp_min(torch.finfo(torch.float32).min).log_softmax(dim=1).to(logits.dtype)
+
+
+def _votes(log_p: Tensor, w: Tensor, known: Tensor) -> Tensor:
+    """w_k m_k up to a factor (B, K): the stationary distribution of a Markov chain of the teachers.
+
+    Teacher k passes p_k(c) on to each teacher i that knows c, by its share w_i / Σ_{j knows c} w_j. Solved
+    without a subtraction (Grassmann, Taksar and Heyman 1985), so that teachers that hardly meet keep
+    their digits. The bounds from below serve teachers that give nothing to what they share, and weights of 0.
+    """
+    bounded = w.clamp_min(1e-20) * known[:, None]
+    share = (bounded / bounded.sum(dim=0).clamp_min(1e-300)).expand_as(log_p)
+    chain = torch.einsum("kbc,ibc->bki", log_p.exp().clamp_min(1e-30) * known[:, None], share)
+    for n in range(chain.shape[1] - 1, 0, -1):
+        chain[:, :n, n] /= chain[:, n, :n].sum(dim=1, keepdim=True).clamp_min(1e-100)
+        chain[:, :n, :n] += chain[:, :n, n, None] * chain[:, n, None, :n]
+    votes = torch.ones_like(chain[:, 0])
+    for n in range(1, votes.shape[1]):
+        votes[:, n] = (votes[:, :n] * chain[:, :n, n]).sum(dim=1)
+        votes[:, : n + 1] /= votes[:, : n + 1].amax(dim=1, keepdim=True)
+    return votes * (w.amax(dim=2) > 0).T
 
 
 def overlap(known: Bool[Tensor, "K C"]) -> tuple[list[int], bool]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,39 +78,27 @@ def fit(
     Raises:
         TrainingError: the loss became infinite or NaN.
     """
-    model.to(device)
-    if device.type == "cuda":
-        model.to(memory_format=torch.channels_last)
     train, val = train.to(device), val.to(device)
-    steps_an_epoch = max(1, len(train) // recipe.batch_size)
-    if recipe.init == "unit-variance":
-        _initialise(model, train, seed)
-    history = []
+    _make_ready(model, train, recipe, seed)
+    steps_an_epoch, history = max(1, len(train) // recipe.batch_size), []
     tapped = FeatureTap(model, "the student") if objective.features else nullcontext()
-    with progress(description, recipe.epochs * steps_an_epoch) as advance, _own_random_state(device), tapped:
+    shown = progress(description, recipe.epochs * steps_an_epoch)
+    with shown as advance, _own_random_state(device), tapped as tap:
         torch.manual_seed(seed)  # dropout; everything else has its own hash
         stepper = _Stepper(model, recipe, objective, steps_an_epoch, advance)
         for epoch in range(recipe.epochs):
             started, rate = time.perf_counter(), stepper.rate
             weight = objective.weight(epoch, recipe.epochs)
             passed = _Pass(model, train, recipe, objective, viewing, epoch, weight, seed)
-            measured = passed.run(stepper, tapped)
+            measured = passed.run(stepper, tap)
             seconds = time.perf_counter() - started
             if epoch == recipe.epochs - 1:
                 stepper.take_average()
             validated = _validate(model, val, objective, weight)
             _check_finite((measured["loss"], validated["loss"]), description, epoch, recipe)
-            row = {
-                "epoch": epoch + 1,
-                "step": (epoch + 1) * steps_an_epoch,
-                "train": measured,
-                "val": validated,
-                "lr": rate,
-                "soft_weight": weight,
-                "seconds": seconds,
-                "images_per_second": steps_an_epoch * min(recipe.batch_size, len(train)) / seconds,
-                **passed.mean_weights(),
-            }
+            rates = {"lr": rate, "soft_weight": weight, "seconds": seconds}
+            row = passed.row(steps_an_epoch) | {"train": measured, "val": validated} | rates
+            row["images_per_second"] = steps_an_epoch * min(recipe.batch_size, len(train)) / seconds
             history.append(row)
             _tell(description, recipe.epochs, row, advance)
     model.eval()
@@ -122,9 +110,16 @@ def _own_random_state(device: torch.device) -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
-def _initialise(model: Classifier, train: Images, seed: int) -> None:
-    first = views.order(seed, 0, len(train), train.pixels.device)[:_INIT_BATCH]
-    with _own_random_state(train.pixels.device):
+def _make_ready(model: Classifier, train: Images, recipe: Recipe, seed: int) -> None:
+    """Move the model to where the images are, and give it the first weights of the recipe."""
+    device = train.pixels.device
+    model.to(device)
+    if device.type == "cuda":
+        model.to(memory_format=torch.channels_last)
+    if recipe.init != "unit-variance":
+        return
+    first = views.order(seed, 0, len(train), device)[:_INIT_BATCH]
+    with _own_random_state(device):
         torch.manual_seed(seed)
         unit_variance(model.net, model.card.preprocess(train.pixels[first]))
 
@@ -274,9 +269,12 @@ class _Pass:
             means["accuracy"] = right / labelled
         return means
 
-    def mean_weights(self) -> dict[str, list[float]]:
-        """The teachers' mean weights in this pass, where they differ by batch."""
-        return {"weights": (self.sums["weights"] / self.steps).tolist()} if "weights" in self.sums else {}
+    def row(self, steps_an_epoch: int) -> dict[str, Any]:
+        """Where in training this pass stands, and the teachers' mean weights where they differ by batch."""
+        row: dict[str, Any] = {"epoch": self.epoch + 1, "step": (self.epoch + 1) * steps_an_epoch}
+        if "weights" in self.sums:
+            row["weights"] = (self.sums["weights"] / self.steps).tolist()
+        return row
 
 
 def _validate(model: Classifier, val: Images, objective: Objective, soft_weight: float) -> dict[str, float]:
@@ -291,26 +289,24 @@ def _validate(model: Classifier, val: Images, objective: Objective, soft_weight:
     return row
 
 
-@overload
-def predict(model: Classifier, images: Images) -> Tensor: ...
-@overload
-def predict(model: Classifier, images: Images, tap: FeatureTap) -> tuple[Tensor, Tensor]: ...
-@torch.inference_mode()
-def predict(
-    model: Classifier, images: Images, tap: FeatureTap | None = None
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Logits (N, C), float32, of all images in order; the model must be in eval mode.
+def predict(model: Classifier, images: Images) -> Tensor:
+    """Logits (N, C), float32, of all images in order; the model must be in eval mode."""
+    return torch.cat(list(_logits(model, images)))
 
-    With an entered `tap` on the model also its features (N, D), float32.
-    """
+
+def predict_with_features(model: Classifier, images: Images, tap: FeatureTap) -> tuple[Tensor, Tensor]:
+    """`predict`, with the penultimate features (N, D), float32, from an entered `tap` on the model."""
+    pairs = [(logits, tap.take().float()) for logits in _logits(model, images)]
+    logits, features = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    return logits, features
+
+
+@torch.inference_mode()
+def _logits(model: Classifier, images: Images) -> Iterator[Tensor]:
     height, width = model.card.preprocess.size
     batch_size = max(8, min(EVAL_BATCH, EVAL_BATCH * 64**2 // (height * width)))  # activations stay small
-    logits, features = [], []
     for batch in images.batches(batch_size):
-        logits.append(model(batch.pixels).float())
-        if tap:
-            features.append(tap.take().float())
-    return (torch.cat(logits), torch.cat(features)) if tap else torch.cat(logits)
+        yield model(batch.pixels).float()
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

@@ -128,7 +128,7 @@ def _load_timm(name: ModelName, num_classes: int | None, channels: int, size: in
     net = timm.create_model(arch, **options)
     facts = timm.data.resolve_model_data_config(net)
     mean, std = (fit_channels(facts[key], channels) for key in ("mean", "std"))
-    named = net.pretrained_cfg.get("label_names") or class_names(net.num_classes)
+    named = dict(net.pretrained_cfg).get("label_names") or class_names(net.num_classes)  # type: ignore[arg-type]
     classes = tuple(named) if num_classes is None and named else None
     return Pretrained(net, size or int(facts["input_size"][-1]), channels, mean, std, arch, classes)
 

@@ -197,7 +197,7 @@ def _check_controls(options: DistillOptions, names: Sequence[ModelName | None]) 
     fixed = [
         label_of(text)
         for text, name in zip(options.teachers, names, strict=True)
-        if not can_be_trained(name, name and options.class_map.get(name.label))
+        if name is None or not can_be_trained(name, options.class_map.get(name.label))
     ]
     if fixed:
         raise ConfigError(

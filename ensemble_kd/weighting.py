@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from scipy.optimize import lsq_linear, minimize
 from scipy.special import log_softmax as np_log_softmax
+from scipy.special import logsumexp
 from scipy.special import softmax as np_softmax
 from torch import Tensor
 
@@ -122,7 +123,7 @@ def agree_weights(
     t = temperatures.double()[:, None, None]
     gap = torch.softmax(student_logits.double() / t, dim=2) - torch.softmax(logits.double() / t, dim=2)
     gradients = (t * gap).mean(dim=1).cpu().numpy()
-    return torch.from_numpy(_shortest(gradients, max(cap, 1 / count))).to(logits)
+    return torch.from_numpy(_shortest(gradients, max(cap, 1 / count))).to(logits.device, _wide(logits))
 
 
 def drop_weights(
@@ -203,12 +204,11 @@ def _objective(
 
         return of_logits
     log_p = _label_log_probabilities(val_logits, val_labels)
-    highest = log_p.max(axis=1, keepdims=True)
-    p = np.exp(log_p - highest)  # each row's largest is 1, so that nothing is lost far from the label
 
     def of_probabilities(weights: np.ndarray) -> tuple[float, np.ndarray]:
-        mixed = np.maximum(p @ weights, np.finfo(float).tiny)
-        return float(-(np.log(mixed) + highest[:, 0]).mean()), -(p / mixed[:, None]).mean(axis=0)
+        mixed = logsumexp(log_p, b=weights, axis=1)
+        ratio = np.exp(np.minimum(log_p - mixed[:, None], 600))  # finite also where w_k = 0 and p_k is all
+        return float(-mixed.mean()), -ratio.mean(axis=0)
 
     return of_probabilities
 
@@ -223,7 +223,7 @@ def _minimise_nll(objective: Callable[[np.ndarray], tuple[float, np.ndarray]], c
         method="SLSQP",
         bounds=[(1e-9, 1)] * count,  # inside the simplex, where the NLL is finite
         constraints={"type": "eq", "fun": lambda w: w.sum() - 1, "jac": lambda w: np.ones(count)},
-        options={"ftol": 1e-12, "maxiter": 500},
+        options={"ftol": 1e-15, "maxiter": 500},
     ).x
     rounded = np.where(found < 1e-7, 0, found)
     candidates = [rounded / rounded.sum(), found / found.sum(), uniform, *np.eye(count)]
@@ -251,7 +251,9 @@ def _shortest(vectors: np.ndarray, cap: float) -> np.ndarray:
     rows = np.vstack([vectors.T / longest, np.full((1, count), heavy)])
     right = np.zeros(len(rows))
     right[-1] = heavy
-    weights = np.clip(lsq_linear(rows, right, bounds=(0, cap), method="bvls", tol=1e-15).x, 0, cap)
+    steps = 100 * count  # scipy's default is K, and too few
+    found = lsq_linear(rows, right, bounds=(0, cap), method="bvls", tol=1e-15, max_iter=steps).x
+    weights = np.clip(found, 0, cap)
     return weights / weights.sum()
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ from ensemble_kd.data import views
 from ensemble_kd.data.dataset import Dataset, Images
 from ensemble_kd.errors import ModelError
 from ensemble_kd.features import FeatureTap
-from ensemble_kd.fit import EVAL_BATCH, predict
+from ensemble_kd.fit import EVAL_BATCH, predict, predict_with_features
 from ensemble_kd.objective import Target, Viewing
 from ensemble_kd.teachers.class_map import ClassMap, map_classes
 from ensemble_kd.teachers.outputs import through_store
@@ -92,7 +94,7 @@ class Teacher:
         if not features:
             return Outputs(self._mapped(predict(self.classifier, batch)))
         with FeatureTap(self.classifier, self.label) as tap:
-            logits, kept = predict(self.classifier, batch, tap)
+            logits, kept = predict_with_features(self.classifier, batch, tap)
         return Outputs(self._mapped(logits), [kept])
 
     def all_logits(self, images: Images, viewing: Viewing | None = None, view_id: int = 0) -> Tensor:
@@ -148,13 +150,14 @@ class Teacher:
     def _compute(
         self, images: Images, viewing: Viewing | None, view_id: int, features: bool
     ) -> dict[str, Tensor]:
-        blocks = []
-        with progress(f"teacher {self.label}, view {view_id + 1}", len(images)) as advance:
+        blocks: list[tuple[Tensor, ...]] = []
+        tapped = FeatureTap(self.classifier, self.label) if features else nullcontext()
+        shown = progress(f"teacher {self.label}, view {view_id + 1}", len(images))
+        with shown as advance, tapped as tap:
             for batch in images.batches(EVAL_BATCH):
                 seen = viewing.apply(batch, view_id) if viewing else batch
-                if features:
-                    with FeatureTap(self.classifier, self.label) as tap:
-                        blocks.append(predict(self.classifier, seen, tap))
+                if tap:
+                    blocks.append(predict_with_features(self.classifier, seen, tap))
                 else:
                     blocks.append((predict(self.classifier, seen),))
                 advance(len(batch))
@@ -240,13 +243,15 @@ class Ensemble:
             features: carried along.
         """
         z, known = self.calibrated(logits), self.known
-        more = {"known": None if known is None else known.to(z.device), "after": self.after}
+        pooled = partial(
+            combine, pool=self.pool, known=None if known is None else known.to(z.device), after=self.after
+        )
         measuring = self.for_measuring()
         plain_weights = measuring._weights(z, None, epoch, None)
         same = batch is None or measuring is self
         weights = plain_weights if same else self._weights(z, batch, epoch, student_logits)
-        plain = combine(z, plain_weights, torch.ones_like(self.temperatures), self.pool, **more)
-        soft = combine(z, weights, self.temperatures, self.pool, **more)
+        plain = pooled(z, plain_weights, torch.ones_like(self.temperatures))
+        soft = pooled(z, weights, self.temperatures)
         return Target(soft, plain, weights, features)
 
     def for_measuring(self) -> Ensemble:

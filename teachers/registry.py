@@ -225,6 +225,6 @@ def _train_and_keep(
     return folder
 
 
-def can_be_trained(name: ModelName | None, class_map: Path | None = None) -> bool:
-    """Whether it is trained here, so that another seed gives another; None is an object of the user's."""
-    return name is not None and not _is_trained(name) and class_map is None
+def can_be_trained(name: ModelName, class_map: Path | None = None) -> bool:
+    """Whether it is trained here, so that another seed gives another."""
+    return not _is_trained(name) and class_map is None

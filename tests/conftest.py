@@ -103,8 +103,11 @@ def put_tv(checkpoints: Path) -> Callable[..., tuple[nn.Module, Path]]:
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], nn.Module]:
-    """The hub's cache, empty; the function puts random weights of a timm network into it, in its layout."""
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., nn.Module]:
+    """The hub's cache, empty; the function puts random weights of a timm network into it, in its layout.
+
+    `edit` may change the network before.
+    """
     import huggingface_hub
     import timm
 
@@ -112,8 +115,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], nn.M
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
-    def put(arch: str) -> nn.Module:
+    def put(arch: str, edit: Callable[[nn.Module], None] = lambda net: None) -> nn.Module:
         net, commit = timm.create_model(arch), "0" * 40
+        edit(net)
         repository = folder / f"models--{timm.get_pretrained_cfg(arch).hf_hub_id.replace('/', '--')}"
         for part in ("refs", f"snapshots/{commit}"):
             (repository / part).mkdir(parents=True)

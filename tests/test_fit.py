@@ -420,7 +420,7 @@ def test_stored_targets_are_the_live_ones(few_digits: Dataset, policy: str) -> N
     for view_id in (2, 0):
         for index in order(1, view_id, 200).split(32):
             batch = viewing.apply(few_digits.train[index], view_id)
-            from_store, fresh = (source(batch, index, view_id) for source in (stored, live))
+            from_store, fresh = (source(batch, index, view_id, None) for source in (stored, live))
             torch.testing.assert_close(from_store.soft, fresh.soft, rtol=0, atol=1e-5)
             torch.testing.assert_close(from_store.plain, fresh.plain, rtol=0, atol=1e-5)
 
@@ -441,7 +441,7 @@ def test_training_from_stored_and_live_targets_is_the_same(few_digits: Dataset, 
 def test_stored_views_differ_from_each_other(few_digits: Dataset) -> None:
     stored = StoredTargets(two_teachers(), few_digits.train, Viewing("crop", 2, 0))
     index = torch.arange(40)
-    first, second = (stored(few_digits.train[index], index, view_id) for view_id in (0, 1))
+    first, second = (stored(few_digits.train[index], index, view_id, None) for view_id in (0, 1))
     assert float((first.soft - second.soft).abs().max()) > 0.01
 
 

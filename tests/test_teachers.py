@@ -214,11 +214,11 @@ def test_a_teacher_that_changed_is_noticed(few_digits):
         ("py:a.py:make@w.pth", False),
         ("resnet18@w.safetensors", False),
         ("some/where.safetensors", False),
-        (None, False),
     ],
 )
 def test_what_brings_its_weights_is_not_trained(name, possible):
-    assert can_be_trained(name and parse(name)) is possible
+    assert can_be_trained(parse(name)) is possible
+    assert not can_be_trained(parse(name), Path("map.yaml"))
 
 
 # --- Runs and files ------------------------------------------------------------------------------
