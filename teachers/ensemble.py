@@ -203,7 +203,7 @@ class Ensemble:
     @property
     def student_temperature(self) -> float:
         """The weighted mean of the teachers' temperatures."""
-        return float((self.weights * self.temperatures).sum())
+        return float((self.weights.cpu() * self.temperatures.cpu()).sum())
 
     def all_logits(self, images: Images, viewing: Viewing | None = None, view_id: int = 0) -> Tensor:
         """Stacked logits (K, N, C) of all images or one view of them, one teacher after another.
