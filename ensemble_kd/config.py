@@ -105,6 +105,11 @@ def _translate(model: type[Options], detail: Mapping[str, Any]) -> Problem:
         )
     if kind == "missing":
         return Problem(f"{key} is missing", "it has no default", f"name it, or say --set {key}=…")
+    if kind == "dict_type":
+        flag = f"--{key.replace('_', '-')}"
+        return Problem(
+            f"{key}: {value!r} names no teacher", "it is given by teacher", f"say {flag} NAME={value}"
+        )
     why = str(detail["msg"]).replace("Input should be", "it should be")
     return Problem(f"{key}: {value!r} cannot be used", why, _mend(key, kind))
 
@@ -146,16 +151,18 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The options in a YAML file; no tag in it can make Python objects.
+def read_yaml(path: Path, option: str = "--config") -> dict[str, Any]:
+    """The table in a YAML file that `option` names; no tag in it can make Python objects.
 
     Raises:
-        ConfigError: the file is missing or no table of options.
+        ConfigError: the file is missing or no table.
     """
     try:
         loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # noqa: S506
     except OSError as error:
-        raise ConfigError(f"cannot read {path}", str(error.strerror), "check the path of --config") from error
+        raise ConfigError(
+            f"cannot read {path}", str(error.strerror), f"check the path of {option}"
+        ) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
@@ -163,9 +170,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read {path}{where}", why, "mend that line") from error
     if not isinstance(loaded, dict):
         raise ConfigError(
-            f"{path} holds no options",
+            f"{path} holds no table",
             "it should be a table of key: value lines",
-            "see config.yaml of any run",
+            f"write such lines, or check the path of {option}",
         )
     return {str(key): value for key, value in loaded.items()}
 

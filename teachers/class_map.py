@@ -79,7 +79,7 @@ def read_map(path: Path) -> MapFile:
     Raises:
         ConfigError: the file is no class map.
     """
-    table: Any = read_yaml(path)
+    table: Any = read_yaml(path.expanduser(), "--class-map")
     names = None
     if set(table) == {"teacher_classes", "map"} and isinstance(table["map"], dict):
         listed, table = table["teacher_classes"], table["map"]

@@ -26,7 +26,7 @@ from ensemble_kd.weighting import call, inputs_of
 
 _ALONE = {"count", "pool", "logits", "temperatures"}
 """What weights may depend on where there is neither a label nor a student."""
-_DRAW_STREAM = 1000  # of the views' hash, for the draws of the first teacher; views use the first few
+_DRAW_STREAM = 1000  # of the views' hash, whose first few are the views' own
 
 
 class Outputs(NamedTuple):
@@ -271,8 +271,9 @@ class Ensemble:
             "labels": batch.labels if batch else None,
         }
         if batch and "draws" in inputs_of(self.weigh):
-            streams = range(_DRAW_STREAM, _DRAW_STREAM + len(z))
-            offered["draws"] = torch.stack([views.uniform(self.seed, epoch, batch.ids, s) for s in streams])
+            # One hash for all teachers: the number of each in bits that no sample's id has.
+            ids = batch.ids + (torch.arange(len(z), device=z.device) << 40)[:, None]
+            offered["draws"] = views.uniform(self.seed, epoch, ids.flatten(), _DRAW_STREAM).view(ids.shape)
         return call(self.weigh, offered)
 
 
