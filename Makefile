@@ -8,7 +8,7 @@ demo: .venv/.installed
 	$(BIN)/ekd distill --teachers resnet18,vgg16 --student lenet
 
 test: .venv/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

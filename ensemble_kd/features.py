@@ -78,11 +78,12 @@ def feature_width(classifier: Classifier, label: str) -> int:
     """D of a classifier's penultimate features, found by a dry forward in eval mode."""
     pre, device = classifier.card.preprocess, next(classifier.parameters()).device
     training = classifier.training
-    with FeatureTap(classifier.eval(), label) as tap, torch.inference_mode():
-        classifier(torch.zeros(1, pre.channels, *pre.size, device=device))
-        width = int(tap.take().shape[1])
-    classifier.train(training)
-    return width
+    try:
+        with FeatureTap(classifier.eval(), label) as tap, torch.inference_mode():
+            classifier(torch.zeros(1, pre.channels, *pre.size, device=device))
+            return int(tap.take().shape[1])
+    finally:
+        classifier.train(training)
 
 
 class FeatureTerm(nn.Module):

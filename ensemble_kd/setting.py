@@ -18,6 +18,7 @@ from ensemble_kd.data.dataset import Dataset, Images, joined
 from ensemble_kd.data.unlabelled import load_unlabelled
 from ensemble_kd.device import choose_device
 from ensemble_kd.errors import ConfigError, nearest, together
+from ensemble_kd.features import head_of
 from ensemble_kd.fit import Recipe
 from ensemble_kd.fresh import for_data, new_classifier
 from ensemble_kd.losses import LOSSES
@@ -88,7 +89,7 @@ def prepare(options: DistillOptions, objects: Objects) -> tuple[Setting, list[Mo
     _, *rest, unlabelled, start = together(
         partial(_check_controls, options, names),
         *(partial(teacher.for_data, data) for teacher in objects.teachers.values()),
-        *teacher_checks(options, parsed, data),
+        *teacher_checks(options, parsed, data, features=options.feature_weight > 0),
         partial(load_unlabelled, options.unlabelled, data) if options.unlabelled else lambda: None,
         partial(for_data, student, data, "the student")
         if student is not None
@@ -96,6 +97,12 @@ def prepare(options: DistillOptions, objects: Objects) -> tuple[Setting, list[Mo
             new_classifier, named_student, data, size=options.student_size, seed=options.seed, **common
         ),
     )
+    if options.feature_weight > 0:
+        for label, network in [
+            ("the student", start),
+            *((k, t.classifier) for k, t in objects.teachers.items()),
+        ]:
+            head_of(network.net, label)
     data = data.to(device)
     transfer = _transfer(options, data, unlabelled and unlabelled.to(device))
     recipe = recipes.student_recipe(start, len(transfer), options.training.model_dump())
@@ -119,7 +126,7 @@ def combination_of(options: CombineOptions, function: Callable[..., Tensor] | No
 
 
 def teacher_checks(
-    options: CombineOptions, names: Sequence[ModelName], data: Dataset
+    options: CombineOptions, names: Sequence[ModelName], data: Dataset, features: bool = False
 ) -> list[Callable[[], None]]:
     """A check of each teacher, to be called together with others."""
     return [
@@ -131,6 +138,7 @@ def teacher_checks(
             stem=options.stem,
             offline=options.offline,
             class_map=options.class_map.get(name.label),
+            features=features,
         )
         for name in names
     ]

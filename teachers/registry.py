@@ -15,6 +15,7 @@ from ensemble_kd.data import load_data
 from ensemble_kd.data.dataset import Dataset
 from ensemble_kd.device import choose_device
 from ensemble_kd.errors import ModelError
+from ensemble_kd.features import head_of
 from ensemble_kd.fit import Recipe, train_on_labels
 from ensemble_kd.fresh import is_file, new_classifier, own_classifier, say_conversion
 from ensemble_kd.models import ModelName, choose_form, choose_size, parse
@@ -95,29 +96,40 @@ def check_teacher(
     stem: str,
     offline: bool,
     class_map: Path | None = None,
+    features: bool = False,
 ) -> None:
     """Refuse what `load_teacher` would refuse, without training or fetching anything.
+
+    With `features` also a network that has no penultimate features.
 
     Raises:
         ModelError, WeightsError, ConfigError: see `load_teacher`.
     """
     _check_own(name)
     if class_map is not None or _is_trained(name):
-        _check_classes(name, data, read_map(class_map) if class_map else None, size, stem, offline)
+        file = read_map(class_map) if class_map else None
+        known = _check_classes(name, data, file, size, stem, offline)
     elif pretrained.is_wanted(name):
         pretrained.check(name, offline)
+        known = None
     else:
         form = choose_form(name, data.image_size, stem)
         classes, channels = len(data.classes), data.channels
         choose_size(
             name, num_classes=classes, channels=channels, image_size=data.image_size, form=form, wanted=size
         )
+        known = None
+        if features:
+            known = new_classifier(name, data, size=size, stem=stem, offline=True, sketch=True)
+    if features and known is not None:
+        head_of(known.net, name.label)
 
 
 def _check_classes(
     name: ModelName, data: Dataset, file: MapFile | None, size: int | None, stem: str, offline: bool
-) -> None:
-    names = file.teacher_classes if file else None
+) -> Classifier | None:
+    """Its classes, or the map of them; the network itself, where it need not be fetched."""
+    names, known = file.teacher_classes if file else None, None
     if _is_trained(name):
         known = own_classifier(name, data, names, size=size, stem=stem, offline=offline, sketch=True)
         own: tuple[str, ...] | None = known.classes
@@ -126,6 +138,7 @@ def _check_classes(
         own = names or pretrained.published_classes(name)
     if own is not None:  # a network on the hub says its classes when it is fetched
         map_classes(own, data.classes, file, name.label, data.name)
+    return known
 
 
 def _check_own(name: ModelName) -> None:
