@@ -24,16 +24,15 @@ from ensemble_kd.data import load_data
 from ensemble_kd.data.dataset import Images
 from ensemble_kd.device import choose_device
 from ensemble_kd.errors import ConfigError, together
-from ensemble_kd.metrics import Measure, bootstrap_mean, correct, measure
+from ensemble_kd.metrics import Measure, bootstrap_mean, correct, measure, within
 from ensemble_kd.models import parse
-from ensemble_kd.results import among
 from ensemble_kd.runs import RUNS
 from ensemble_kd.schema import TeachersOptions
-from ensemble_kd.setting import combination_of, teacher_checks, teacher_of
+from ensemble_kd.setting import adapt, combination_of, teacher_checks, teacher_of
 from ensemble_kd.tables import text_table
-from ensemble_kd.teachers.combination import Combination, set_up
-from ensemble_kd.teachers.ensemble import Teacher
-from ensemble_kd.weighting import COMBINERS, best_weights, inputs_of, uniform_weights
+from ensemble_kd.teachers.combination import Combination, best_alone, set_up
+from ensemble_kd.teachers.ensemble import Ensemble, Teacher
+from ensemble_kd.weighting import COMBINERS, inputs_of, uniform_weights
 
 FOLDS = 5
 
@@ -110,6 +109,12 @@ def analyze_teachers(
 def _load(
     options: TeachersOptions, objects: dict[str, Teacher], function: Callable[..., Tensor] | None
 ) -> tuple[list[Teacher], Images, str, Combination]:
+    if options.combine in COMBINERS and options.combine != "fixed":
+        raise ConfigError(
+            f"combine: {options.combine} is judged in any case",
+            "all combiners of the table are",
+            "leave it out, or name a function of yours: py:FILE.py:function",
+        )
     texts = [text for text in options.teachers if text not in objects]
     *parsed, how, device, data = together(
         *(partial(parse, text) for text in texts),
@@ -117,10 +122,10 @@ def _load(
         partial(choose_device, options.device),
         partial(load_data, **options.load_arguments()),
     )
-    together(*teacher_checks(options, parsed, data))
+    adapted, *_ = together(partial(adapt, objects, options, data), *teacher_checks(options, parsed, data))
     data = data.to(device)
     by_text = {name.text: teacher_of(name, options, data, options.teacher_seed, device) for name in parsed}
-    found = [by_text[text] if text in by_text else objects[text].for_data(data) for text in options.teachers]
+    found = [by_text[text] if text in by_text else adapted[text] for text in options.teachers]
     for teacher in found:
         teacher.classifier.to(device)
     return found, data.val, data.name, how
@@ -140,17 +145,10 @@ class _Judge:
         self.labels = self.val.known_labels
         self.logits = torch.stack([teacher.all_logits(self.val) for teacher in self.teachers])
         self.names = [teacher.label for teacher in self.teachers]
-        everything = torch.ones(self.logits.shape[2], dtype=torch.bool)
-        maps = [teacher.class_map for teacher in self.teachers]
-        self.known = torch.stack([m.known if m else everything for m in maps]).to(self.labels.device)
-        whole = [k for k, mask in enumerate(self.known) if bool(mask.all())]
-        if not whole:
-            raise ConfigError(
-                "no teacher knows all classes, so none can be the best one",
-                "combiners are judged by what they gain over the best single teacher",
-                "add a teacher that knows all classes, such as one trained on this data",
-            )
-        self.best = whole[int(best_weights(self.logits[whole], self.labels).argmax())]
+        weights, ones = torch.zeros(len(self.teachers)).to(self.labels.device), torch.ones(len(self.teachers))
+        ensemble = Ensemble(self.teachers, weights, ones)
+        self.known = ensemble.known_mask
+        self.best = int(best_alone(ensemble, self.logits, self.labels).weights.argmax())
 
     def numbers(self) -> dict[str, Any]:
         """See `analyze_teachers`."""
@@ -175,14 +173,13 @@ class _Judge:
     def _alone(self, k: int) -> dict[str, Any]:
         """One teacher, among the classes that it knows."""
         mask = self.known[k]
-        rows, places = mask[self.labels], mask.cumsum(0) - 1
-        logits, labels = self.logits[k][rows][:, mask], places[self.labels[rows]]
+        logits, labels = within(mask, self.logits[k], self.labels)
         temperature = fit_temperature(logits, labels)
         measured = partial(measure, labels=labels, resamples=self.resamples, seed=self.seed)
-        row = among(mask, self.logits[k], self.labels) if not bool(mask.all()) else {}
+        part = {} if bool(mask.all()) else {"classes": int(mask.sum()), "images": len(labels)}
         raw, fitted = measured(logits), measured(logits / temperature)
         return {
-            **{key: row[key] for key in ("classes", "images") if key in row},
+            **part,
             **raw,
             "temperature": temperature,
             "calibrated_nll": fitted["nll"],
@@ -197,7 +194,7 @@ class _Judge:
         for kept, held in folds.split(np.arange(len(self.val))):
             fit, ask = (torch.from_numpy(index).to(self.labels.device) for index in (kept, held))
             ones = torch.ones(len(teachers))
-            ensemble = set_up(teachers, ones, how, logits[:, fit], self.val[fit], seed=self.seed)
+            ensemble = set_up(teachers, ones, how, logits[:, fit], self.labels[fit], seed=self.seed)
             answers[ask] = ensemble.target(logits[:, ask]).plain
         return answers
 
@@ -207,7 +204,8 @@ class _Judge:
         return {"accuracy": correct(log_p, self.labels).double().cpu(), "nll": nll.cpu()}
 
     def _combiners(self) -> dict[str, Any]:
-        best = self._terms(torch.log_softmax(self.logits[self.best].double(), dim=1))
+        alone = replace(self.how, name="mean", weigh=uniform_weights)
+        best = self._terms(self._cross_fitted(alone, [self.best]))
         tried = dict(COMBINERS) | {self.how.name: self.how.weigh}
         return {name: self._combiner(name, weigh, best) for name, weigh in tried.items()}
 
@@ -268,9 +266,10 @@ def advice(without: dict[str, dict[str, Measure]]) -> str:
     """
     if not without:
         return "There is nothing to leave out."
-    name, losses = min(without.items(), key=lambda item: item[1]["nll"]["value"])
-    loss = losses["nll"]
-    if loss["high"] < 0:
+    lost = {name: losses["nll"] for name, losses in without.items()}
+    clear = {name: loss for name, loss in lost.items() if loss["high"] < 0}
+    name, loss = min((clear or lost).items(), key=lambda item: item[1]["value"])
+    if clear:
         return (
             f"Drop {name}: without it the mean of the others has a validation NLL lower by "
             f"{-loss['value']:.4f} (interval {-loss['high']:.4f} … {-loss['low']:.4f}, "

@@ -71,7 +71,7 @@ def ensemble(name: str, logits: Tensor, val: Images) -> Ensemble:
     teachers = [Teacher.of(f"t{k}", Classifier(LeNet(10, 1, 32), card), "") for k in range(len(logits))]
     given = [1 / len(logits)] * len(logits)
     how = Combination(name, COMBINERS[name], given=given)
-    return set_up(teachers, torch.full((len(logits),), 4.0), how, logits, val)
+    return set_up(teachers, torch.full((len(logits),), 4.0), how, logits, val.known_labels)
 
 
 def plain_step(batch: Images) -> Callable[[], None]:

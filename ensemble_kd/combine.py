@@ -113,8 +113,8 @@ def pool_partial(
     into one whole that holds every class.
     """
     missing = ~known[:, None, :]
-    tempered = (logits / temperatures[:, None, None]).masked_fill(missing, -torch.inf)
-    log_p = torch.log_softmax(tempered.double(), dim=2)
+    tempered = logits.double() / temperatures.double()[:, None, None]
+    log_p = torch.log_softmax(tempered.masked_fill(missing, -torch.inf), dim=2)
     w = _by_sample(weights).double() * known[:, None, :]
     total = w.sum(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
     votes = _votes(log_p, w, known)

@@ -18,6 +18,7 @@ from ensemble_kd.curves import draw_curves
 from ensemble_kd.errors import RunError
 from ensemble_kd.features import FeatureTerm, feature_width
 from ensemble_kd.fit import fit
+from ensemble_kd.losses import LOSSES
 from ensemble_kd.models import ModelName, parse
 from ensemble_kd.objective import Objective
 from ensemble_kd.results import compare
@@ -126,7 +127,11 @@ def _distill(options: DistillOptions, objects: Objects, run: Run | None) -> Dist
             augment=setting.viewing.policy,
             views=setting.viewing.count,
             training=setting.recipe.to_json(),
-            combine=setting.combination.name if objects.combine is None else options.combine,
+            combine=setting.combination.name,
+            loss_numbers={
+                **LOSSES[options.loss].numbers,
+                **options.loss_numbers.model_dump(exclude_none=True),
+            },
             temperature=setting.temperatures,
             soft_weight=options.soft,
             out=None,
@@ -169,8 +174,16 @@ def _combined(teachers: list[Teacher], setting: Setting) -> _Judges:
     logits = torch.stack([teacher.all_logits(val) for teacher in teachers])
     features = options.feature_weight > 0
     ensemble = set_up(
-        teachers, temperatures, setting.combination, logits, val, seed=options.seed, features=features
+        teachers,
+        temperatures,
+        setting.combination,
+        logits,
+        val.known_labels,
+        seed=options.seed,
+        features=features,
     )
+    if "best-teacher" in options.controls:
+        best_alone(ensemble, logits, val.known_labels)  # refuses here what would fail after the student
     return _Judges(ensemble, logits)
 
 
@@ -297,6 +310,7 @@ def _conclude(
         "split": "test",
         "n": len(test),
         **metrics,
+        "training": _training_of(run, setting),
         "combination": {**report, "mean_weights": _last_weights(run)},
         "seconds": watch.seconds,
     }
@@ -306,7 +320,9 @@ def _conclude(
             "name": setting.data.name,
             "fingerprint": setting.data.fingerprint(),
             "images": {s: len(getattr(setting.data, s)) for s in ("train", "val", "test")},
+            "transfer": {"images": len(setting.transfer), "digest": setting.transfer.digest},
         },
+        "combine": {"name": setting.combination.name, "code": _code_of(setting.combination.name)},
         "teachers": [
             {
                 "label": t.label,
@@ -324,6 +340,19 @@ def _conclude(
     files.write_json(run.path("manifest.json"), manifest)
     files.write_json(run.path("metrics.json"), metrics)
     return metrics
+
+
+def _code_of(combine: str) -> str | None:
+    """SHA-256 of the file of a user's weight function."""
+    path = combine.removeprefix("py:").rpartition(":")[0]
+    return files.sha256_file(Path(path).expanduser()) if combine.startswith("py:") else None
+
+
+def _training_of(run: Run, setting: Setting) -> dict[str, dict[str, int]]:
+    """Each network's images and steps, which differ where there are unlabelled images."""
+    steps = {row["network"]: row["step"] for row in run.history()}
+    images = {name: len(setting.data.train if name == "labels" else setting.transfer) for name in steps}
+    return {name: {"images": images[name], "steps": steps[name]} for name in steps}
 
 
 def _last_weights(run: Run) -> dict[str, float] | None:

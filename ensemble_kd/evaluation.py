@@ -81,4 +81,4 @@ def load_any(name: str, data: Dataset, device: torch.device) -> Classifier:
                 f"{name} holds no finished network", "the run did not finish", f"go on: ekd resume {name}"
             )
         return for_data(load_student(name, device), data, label_of(name))
-    return load_teacher(name, data, train=False, device=device).classifier
+    return for_data(load_teacher(name, data, train=False, device=device).classifier, data, label_of(name))

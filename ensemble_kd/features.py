@@ -24,7 +24,7 @@ class FeatureTap:
 
     def __init__(self, classifier: Classifier, label: str) -> None:
         self.label = label
-        self._head = head_of(classifier.net, label)
+        self._head = head_of(classifier, label)
         self._kept: Tensor | None = None
         self._hook: Any = None
 
@@ -58,30 +58,43 @@ def _pooled(features: Tensor) -> Tensor:
     return features.mean(dim=1) if features.ndim == 3 else features
 
 
-def head_of(net: nn.Module, label: str) -> nn.Module:
-    """The last layer: what timm calls the classifier, else the last linear or convolutional module.
+def head_of(classifier: Classifier, label: str) -> nn.Module:
+    """The last layer: what timm calls the classifier, else the linear or convolutional one that runs last.
 
     Raises:
         ModelError: there is none.
     """
-    get_classifier = getattr(net, "get_classifier", None)
+    get_classifier = getattr(classifier.net, "get_classifier", None)
     named = get_classifier() if callable(get_classifier) else None
     if isinstance(named, (nn.Linear, nn.Conv2d)):
         return named
-    layers = [module for module in net.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
-    if not layers:
+    ran: list[nn.Module] = []
+    layers = [module for module in classifier.net.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    hooks = [layer.register_forward_pre_hook(lambda module, _: ran.append(module)) for layer in layers]
+    try:
+        _dry_forward(classifier)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not ran:
         raise _no_features(label, "it has no linear or convolutional layer")
-    return layers[-1]
+    return ran[-1]
 
 
 def feature_width(classifier: Classifier, label: str) -> int:
     """D of a classifier's penultimate features, found by a dry forward in eval mode."""
-    pre, device = classifier.card.preprocess, next(classifier.parameters()).device
-    training = classifier.training
+    with FeatureTap(classifier, label) as tap:
+        _dry_forward(classifier)
+        return int(tap.take().shape[1])
+
+
+@torch.inference_mode()
+def _dry_forward(classifier: Classifier) -> None:
+    """One black image through the network in eval mode; its mode is restored."""
+    pre, training = classifier.card.preprocess, classifier.training
+    tensor = next(iter(classifier.net.state_dict().values()), torch.empty(0))
     try:
-        with FeatureTap(classifier.eval(), label) as tap, torch.inference_mode():
-            classifier(torch.zeros(1, pre.channels, *pre.size, device=device))
-            return int(tap.take().shape[1])
+        classifier.eval()(torch.zeros(1, pre.channels, *pre.size, device=tensor.device))
     finally:
         classifier.train(training)
 

@@ -236,7 +236,9 @@ class _Pass:
             logits = self.model(batch.pixels)
         logits = logits.float()
         labels = batch.labels if objective.uses_labels else None
-        target = objective.targets(batch, index, self.epoch, logits.detach()) if objective.targets else None
+        target = None
+        if objective.targets and (self.soft_weight > 0 or objective.features or not objective.targets.live):
+            target = objective.targets(batch, index, self.epoch, logits.detach())
         soft = target.soft if target and self.soft_weight > 0 else None
         loss = objective(logits, labels, soft, self.soft_weight, self.recipe.label_smoothing)
         if objective.features and target and tap:
@@ -257,6 +259,7 @@ class _Pass:
             if self.objective.weights_vary:
                 weights = target.weights
                 self._add("weights", weights.mean(dim=1) if weights.ndim == 2 else weights)
+                self._add("off", (weights.sum(dim=0) - 1).abs().amax() - weights.amin().clamp_max(0))
 
     def _add(self, name: str, value: Tensor) -> None:
         value = value.detach()
@@ -264,6 +267,12 @@ class _Pass:
 
     def _means(self) -> dict[str, float]:
         means = {name: float(total) / self.steps for name, total in self.sums.items() if name != "weights"}
+        if means.pop("off", 0.0) > 1e-3:
+            raise TrainingError(
+                f"epoch {self.epoch + 1}: the weights of the teachers are none",
+                "some were negative, or did not sum to 1 in a batch, which changes the scale of the loss",
+                "return weights that sum to 1 over the teachers for every batch",
+            )
         right, labelled = means.pop("right", None), means.pop("labelled", 0.0)
         if right is not None and labelled > 0:
             means["accuracy"] = right / labelled

@@ -86,12 +86,12 @@ def own_classifier(
             named = replace(data, classes=names) if names else data
             return _build(name, named, size, stem, offline, sketch, scratch=False)
         loaded = pretrained.load(name, None, 3, size, offline)
-    classes = names or loaded.classes
-    if classes is None:
+    classes = loaded.classes or names
+    if classes is None or len(classes) != loaded.outputs:
         raise ModelError(
-            f"the classes of {name.label!r} are not known",
+            f"the {loaded.outputs} classes of {name.label!r} are not known",
             "its weights do not name them, and they are not those of ImageNet",
-            "name them in the class map: teacher_classes: [...] beside map:",
+            "name them all in the class map, in order: teacher_classes: [...] beside map:",
         )
     log.info("%s keeps its %d classes from %s", name.label, len(classes), loaded.origin)
     return _published_classifier(name, loaded, classes, data)

@@ -87,20 +87,16 @@ def decoupled_kl(
     TCKD is the KL of (p_y, 1 − p_y), NCKD that of the distributions over the other classes;
     KL = TCKD + (1 − p_y) · NCKD. Their paper warms the loss up over 20 epochs.
     """
-    true = F.one_hot(labels, logits.shape[1]).bool()
+    at, true = labels[:, None], F.one_hot(labels, logits.shape[1]).bool()
     log_q, log_p = F.log_softmax(_wide(logits) / temperature, dim=1), _wide(log_target)
-    (p_in, p_out), (q_in, q_out) = (_in_and_out(values, true) for values in (log_p, log_q))
+    p_in, q_in = (values.gather(1, at).squeeze(1) for values in (log_p, log_q))
+    p_out, q_out = (values.masked_fill(true, -torch.inf).logsumexp(dim=1) for values in (log_p, log_q))
     tckd = _cross(p_in, q_in) + _cross(p_out, q_out)
     # Where the target gives nothing to the other classes, they say nothing of each other.
     silent = torch.isneginf(p_out)[:, None]
     others_p = (log_p - p_out[:, None]).masked_fill(true | silent, -torch.inf)
     nckd = _cross(others_p, log_q - q_out[:, None]).sum(dim=1)
     return (alpha * tckd + beta * nckd).mean() * temperature**2
-
-
-def _in_and_out(log_p: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
-    """The log-probability of the true class, and that of all others together."""
-    return log_p[true], log_p.masked_fill(true, -torch.inf).logsumexp(dim=1)
 
 
 def _cross(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -229,21 +225,18 @@ def feature_loss(
 def soft_weight_at(schedule: str, weight: float, epoch: int, epochs: int, span: int | None = None) -> float:
     """The soft weight in an epoch (from 0) of `epochs`.
 
-    `constant`; `linear`: falls to 0 over the second half; `cutoff`: 0 after the first `span` epochs;
+    `constant`; `linear`: falls over the second half, to 0 in the last epoch; `cutoff`: 0 after the first `span` epochs;
     `warmup`: rises over the first `span` epochs. The span is half of the epochs if it is None.
     """
     half = epochs / 2
     length = half if span is None else float(span)
     factor = {
         "constant": 1.0,
-        "linear": min(1.0, (epochs - epoch) / half),
+        "linear": min(1.0, (epochs - 1 - epoch) / half) if epochs > 1 else 1.0,
         "cutoff": 1.0 if epoch < length else 0.0,
         "warmup": min(1.0, (epoch + 1) / max(length, 1.0)),
     }
     return weight * factor[schedule]
-
-
-SCHEDULES = ("constant", "linear", "cutoff", "warmup")
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -62,6 +62,14 @@ def correct(logits: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> Bool[Ten
     return logits.argmax(dim=1) == labels
 
 
+def within(
+    mask: Bool[Tensor, " C"], logits: Float[Tensor, "N C"], labels: Int[Tensor, " N"]
+) -> tuple[Float[Tensor, "M D"], Int[Tensor, " M"]]:
+    """Logits and labels among the classes in `mask`, of the samples of these classes."""
+    rows, places = mask[labels], mask.cumsum(0) - 1
+    return logits[rows][:, mask], places[labels[rows]]
+
+
 def calibration_terms(
     logits: Float[Tensor, "N C"], labels: Int[Tensor, " N"], bins: int = CALIBRATION_BINS
 ) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -29,6 +29,9 @@ class Target(NamedTuple):
 
 class TargetSource(Protocol):
     """Gives the soft target of a batch of views."""
+
+    live: ClassVar[bool]
+    """Whether teachers are run for each batch, so that targets only measured are not worth their time."""
 
     def __call__(self, batch: Images, index: Tensor, epoch: int, student_logits: Tensor) -> Target:
         """`batch` holds this epoch's view of the training samples at positions `index`."""

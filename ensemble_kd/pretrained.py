@@ -26,6 +26,7 @@ class Pretrained:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     origin: str
+    outputs: int
     classes: tuple[str, ...] | None = None
     """The names of its outputs, where it keeps its own head and they are known."""
 
@@ -130,7 +131,8 @@ def _load_timm(name: ModelName, num_classes: int | None, channels: int, size: in
     mean, std = (fit_channels(facts[key], channels) for key in ("mean", "std"))
     named = dict(net.pretrained_cfg).get("label_names") or class_names(net.num_classes)  # type: ignore[arg-type]
     classes = tuple(named) if num_classes is None and named else None
-    return Pretrained(net, size or int(facts["input_size"][-1]), channels, mean, std, arch, classes)
+    side, outputs = size or int(facts["input_size"][-1]), int(net.num_classes)  # type: ignore[arg-type]
+    return Pretrained(net, side, channels, mean, std, arch, outputs, classes)
 
 
 def _timm_arch(name: ModelName) -> str:
@@ -156,7 +158,10 @@ def _load_tv(name: ModelName, num_classes: int | None, wanted: int | None) -> Pr
     facts = weights.transforms()
     size = facts.crop_size[0] if isinstance(facts.crop_size, (list, tuple)) else facts.crop_size
     origin = f"tv:{name.arch}@{weights.name}"
-    return Pretrained(net, wanted or int(size), 3, tuple(facts.mean), tuple(facts.std), origin, classes)
+    outputs = num_classes or len(weights.meta["categories"])
+    return Pretrained(
+        net, wanted or int(size), 3, tuple(facts.mean), tuple(facts.std), origin, outputs, classes
+    )
 
 
 def _fill_tv(arch: str, weights: Any) -> nn.Module:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.data.dataset import Images
 from ensemble_kd.fit import predict
-from ensemble_kd.metrics import Measure, bootstrap_mean, measure, per_sample
+from ensemble_kd.metrics import Measure, bootstrap_mean, measure, per_sample, within
 
 ENSEMBLE = "ensemble"
 
@@ -54,7 +54,7 @@ def compare(
     for name, mask in zip(teachers, () if known is None else known.to(labels.device), strict=False):
         if not bool(mask.all()):
             kept = {key: rows[name][key] for key in ("role", "parameters", "bytes")}
-            rows[name] = {**kept, **among(mask, logits[name], labels)}
+            rows[name] = {**kept, **_among(mask, logits[name], labels)}
     differences = {
         name: paired_differences(logits["student"], logits[name], labels, target)
         for name in networks
@@ -70,11 +70,10 @@ def paired_differences(first: Tensor, second: Tensor, labels: Tensor, target: Te
     return {name: bootstrap_mean(ours[name] - theirs[name]) for name in ours}
 
 
-def among(mask: Tensor, logits: Tensor, labels: Tensor) -> dict[str, Any]:
+def _among(mask: Tensor, logits: Tensor, labels: Tensor) -> dict[str, Any]:
     """The measures of a model among the classes in `mask`, on the samples of these classes."""
-    rows, places = mask[labels], mask.cumsum(0) - 1
-    counts = {"classes": int(mask.sum()), "images": int(rows.sum())}
-    return {**counts, **measure(logits[rows][:, mask], places[labels[rows]])}
+    logits, labels = within(mask, logits, labels)
+    return {"classes": int(mask.sum()), "images": len(labels), **measure(logits, labels)}
 
 
 def verdict(differences: Mapping[str, Mapping[str, Measure]]) -> str:

@@ -114,8 +114,8 @@ class InspectOptions(DataOptions):
     )
 
 
-class RunOptions(DataOptions):
-    """What all verbs that train have in common."""
+class NetworkOptions(DataOptions):
+    """What all verbs that build networks have in common."""
 
     stem: Literal["auto", "imagenet"] = Field(
         "auto", description="imagenet keeps the stock form on small images"
@@ -123,10 +123,15 @@ class RunOptions(DataOptions):
     augment: AUGMENT = Field(
         "auto", description="views: none, crop, crop-flip; auto takes what suits the data"
     )
-    training: RecipeOptions = RecipeOptions()
     seed: int = Field(0, ge=0, description="of weights, order of images and views")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
-    out: Path | None = Field(None, description="run folder; default runs/DATA-NAME-TIME")
+    out: Path | None = Field(None, description="folder for results; default in runs/, by data, name and time")
+
+
+class RunOptions(NetworkOptions):
+    """What all verbs that leave a run have in common."""
+
+    training: RecipeOptions = RecipeOptions()
     overwrite: bool = Field(False, description="replace what is in the run folder")
 
 
@@ -158,7 +163,7 @@ class AgreementOptions(DataOptions):
     out: Path | None = Field(None, description="folder for agreement.json and agreement.png")
 
 
-class CombineOptions(RunOptions):
+class CombineOptions(NetworkOptions):
     """Which teachers, and how they are combined."""
 
     teachers: Names = Field(default=[], description="names, by commas or repeated", validate_default=False)
@@ -231,14 +236,6 @@ class CombineOptions(RunOptions):
     def _check_weights(self, labels: Sequence[str]) -> list[Problem]:
         if self.weights is None and self.combine == "fixed":
             return [Problem("combine: fixed has no weights", "none are given", "say --weights 0.7,0.3")]
-        if self.weights is not None and self.combine not in (None, "fixed"):
-            return [
-                Problem(
-                    f"weights: {self.combine} finds its own",
-                    "given weights are used by --combine fixed alone",
-                    "leave out --weights or --combine",
-                )
-            ]
         if self.weights is None or not labels:
             return []
         total = sum(self.weights)
@@ -278,7 +275,7 @@ class LossNumbers(Options):
     gamma: NotNegative | None = Field(None, description="of dist: within the batch")
 
 
-class DistillOptions(CombineOptions):
+class DistillOptions(CombineOptions, RunOptions):
     """`ekd distill`."""
 
     student: str = Field("lenet", description="network to teach")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,34 +82,22 @@ def prepare(options: DistillOptions, objects: Objects) -> tuple[Setting, list[Mo
     )
     by_text = dict(zip(texts, parsed, strict=True))
     names = [by_text.get(text) for text in options.teachers]
-    common: dict[str, Any] = {"stem": options.stem, "offline": options.offline}
-    _check_labels(options, combination)
-    count = len(objects.teachers)
-    _, *rest, unlabelled, start = together(
-        partial(_check_controls, options, names),
-        *(partial(teacher.for_data, data) for teacher in objects.teachers.values()),
-        *teacher_checks(options, parsed, data, features=options.feature_weight > 0),
+    unlabelled, start, adapted, *_ = together(
         partial(load_unlabelled, options.unlabelled, data) if options.unlabelled else lambda: None,
-        partial(for_data, student, data, "the student")
-        if student is not None
-        else partial(
-            new_classifier, named_student, data, size=options.student_size, seed=options.seed, **common
-        ),
+        partial(_student, options, named_student, student, data),
+        partial(adapt, objects.teachers, options, data),
+        partial(_check_label_loss, options),
+        partial(_check_label_free, options, combination),
+        partial(_check_controls, options, names),
+        *teacher_checks(options, parsed, data, features=options.feature_weight > 0),
     )
-    if options.feature_weight > 0:
-        for label, network in [
-            ("the student", start),
-            *((k, t.classifier) for k, t in objects.teachers.items()),
-        ]:
-            head_of(network.net, label)
     data = data.to(device)
     transfer = _transfer(options, data, unlabelled and unlabelled.to(device))
     recipe = recipes.student_recipe(start, len(transfer), options.training.model_dump())
     viewing = _viewing(options, data, len(transfer), recipe)
     temperatures = _temperatures(options)
-    given = dict(zip(objects.teachers, rest[:count], strict=True))
     setting = Setting(
-        options, data, transfer, device, start, recipe, viewing, combination, temperatures, given
+        options, data, transfer, device, start, recipe, viewing, combination, temperatures, adapted
     )
     return setting, names
 
@@ -119,9 +106,15 @@ def combination_of(options: CombineOptions, function: Callable[..., Tensor] | No
     """How the options say that teachers are combined; `function` goes before the name.
 
     Raises:
-        ConfigError, ModelError: there is no such combiner.
+        ConfigError, ModelError: there is no such combiner, or it does not take the weights given.
     """
     name, weigh = find_combiner(function or options.combine or ("fixed" if options.weights else "mean"))
+    if options.weights and "given" not in inputs_of(weigh):
+        raise ConfigError(
+            f"weights: {name} finds its own",
+            "given weights are used by --combine fixed, and by functions of yours that name `given`",
+            "leave out --weights or --combine",
+        )
     return Combination(name, weigh, options.pool, options.calibrate, options.weights)
 
 
@@ -180,17 +173,59 @@ def _check_loss(options: DistillOptions) -> None:
         )
 
 
-def _check_labels(options: DistillOptions, combination: Combination) -> None:
-    """Refuse what needs the labels of images that have none."""
-    if options.unlabelled is None:
-        return
-    if "labels" in inputs_of(combination.weigh):
+def _student(
+    options: DistillOptions, name: ModelName | None, given: Classifier | None, data: Dataset
+) -> Classifier:
+    """The student before training."""
+    if given is not None:
+        start = for_data(given, data, "the student")
+    else:
+        assert name is not None
+        start = new_classifier(
+            name,
+            data,
+            size=options.student_size,
+            stem=options.stem,
+            seed=options.seed,
+            offline=options.offline,
+        )
+    if options.feature_weight > 0:
+        head_of(start, "the student")
+    return start
+
+
+def adapt(teachers: dict[str, Teacher], options: CombineOptions, data: Dataset) -> dict[str, Teacher]:
+    """Teachers that were given as objects, brought to the classes of the data.
+
+    Raises:
+        ConfigError: an option that shapes teachers names one of them.
+        ModelError: the classes of one are others.
+    """
+    for option in ("class_map", "teacher_size"):
+        if named := sorted(teachers.keys() & getattr(options, option).keys()):
+            raise ConfigError(
+                f"{option}: {', '.join(named)} was given as an object",
+                "it has its size and its classes already",
+                "leave it out, and give them to load_teacher",
+            )
+    if isinstance(options, DistillOptions) and options.feature_weight > 0:
+        for label, teacher in teachers.items():
+            head_of(teacher.classifier, label)
+    found = together(*(partial(teacher.for_data, data) for teacher in teachers.values()))
+    return dict(zip(teachers, found, strict=True))
+
+
+def _check_label_free(options: DistillOptions, combination: Combination) -> None:
+    if options.unlabelled is not None and "labels" in inputs_of(combination.weigh):
         raise ConfigError(
             f"combine: {combination.name} needs the label of every training image",
             "the unlabelled ones have none",
             f"choose one of {', '.join(label_free())}",
         )
-    if LOSSES[options.loss].needs_labels:
+
+
+def _check_label_loss(options: DistillOptions) -> None:
+    if options.unlabelled is not None and LOSSES[options.loss].needs_labels:
         free = [name for name, loss in LOSSES.items() if not loss.needs_labels]
         raise ConfigError(
             f"loss: {options.loss} needs the label of every training image",

@@ -77,6 +77,7 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
             f"The student is {_ratio(metrics['times_smaller'])} times smaller than the teachers together."
         )
         parts.append(verdict(metrics["differences"]))
+    parts += _training_lines(metrics.get("training", {}))
     if "combination" in metrics:
         parts += combination_lines(metrics["combination"])
     return "\n".join(parts)
@@ -92,16 +93,28 @@ def _weights(combination: Mapping[str, Any] | None) -> dict[str, str]:
     return {name: f"{weight:.2f}" for name, weight in combination["weights"].items()}
 
 
+def _training_lines(training: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """How unlike student and control were trained, if they were."""
+    student, control = training.get("student"), training.get("labels")
+    if student is None or control is None or student == control:
+        return []
+    return [
+        f"The student took {student['steps']:,} steps on {student['images']:,} images, the control on labels "
+        f"{control['steps']:,} on {control['images']:,}."
+    ]
+
+
 def combination_lines(combination: Mapping[str, Any]) -> list[str]:
     """What was fitted on the validation split, and what it is worth there."""
     lines = []
     how, validation = combination["combine"], combination["validation"]
     nll = {name: f"{value:.4f}" for name, value in validation["nll"].items()}
     if how != "mean" or combination["pool"] != "prob" or _calibrated(combination):
+        own = f"{nll['ensemble']}, of" if "ensemble" in nll else "of"
         best = f", of the best teacher {validation['best']} {nll['best']}" if "best" in nll else ""
         lines.append(
-            f"Combined by {how}, pool {combination['pool']}: validation NLL {nll['ensemble']}, "
-            f"of equal weights {nll['uniform']}{best}."
+            f"Combined by {how}, pool {combination['pool']}: validation NLL {own} "
+            f"equal weights {nll['uniform']}{best}."
         )
     if _calibrated(combination):
         scales = ", ".join(f"{name} {scale:.2f}" for name, scale in combination["scales"].items())

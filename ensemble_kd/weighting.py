@@ -4,15 +4,18 @@ Each names the inputs that it needs, and is given those:
 
     count           K
     given           the user's weights (K,)
-    val_logits      (K, N, C), val_labels (N,): the validation split, and `pool`, which they are pooled by
+    val_logits      (K, N, C), val_labels (N,): the validation split
+    pool            by which they are pooled
+    known           (K, C), bool: which classes each teacher knows
     logits          (K, B, C), of the batch
     labels          (B,), of the batch
     student_logits  (B, C), without a gradient
     temperatures    (K,)
     draws           (K, B), uniform in [0, 1), a function of seed, epoch and sample
 
-Those that name none of the last five are called once. All weights are non-negative and sum to 1.
-Logits are those of the calibrated teachers, where they are calibrated.
+Those that name none of the last five are called once; the others may name `count`, `pool` and `known`
+beside them. All weights are non-negative and sum to 1. Logits are those of the calibrated teachers,
+where they are calibrated; at classes that a teacher does not know they are very low.
 """
 
 from __future__ import annotations
@@ -24,14 +27,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.optimize import lsq_linear, minimize
 from scipy.special import log_softmax as np_log_softmax
 from scipy.special import logsumexp
 from scipy.special import softmax as np_softmax
 from torch import Tensor
 
-ONCE = ("count", "given", "val_logits", "val_labels", "pool")
+ONCE = ("count", "given", "val_logits", "val_labels", "pool", "known")
 EACH_BATCH = ("logits", "labels", "student_logits", "temperatures", "draws")
 
 
@@ -80,16 +83,21 @@ def greedy_weights(
     return torch.from_numpy(counts / rounds).float()
 
 
-def entropy_weights(logits: Float[Tensor, "K B C"]) -> Float[Tensor, "K B"]:
+def entropy_weights(
+    logits: Float[Tensor, "K B C"], known: Bool[Tensor, "K C"] | None = None
+) -> Float[Tensor, "K B"]:
     """w_k = (1 − H_k / Σ_j H_j) / (K − 1): surer teachers count more (Kwon et al. 2020, EBKD).
 
-    H is the entropy at temperature 1. Where all are certain, the weights are equal.
+    H is the entropy at temperature 1. Where all are certain, the weights are equal. Teachers that know
+    some classes only are compared by H / log of how many they know.
     """
     count = len(logits)
     if count == 1:
         return torch.ones(logits.shape[:2], dtype=_wide(logits), device=logits.device)
     log_p = torch.log_softmax(logits.to(_wide(logits)), dim=2)
     entropy = -(log_p.exp() * log_p).sum(dim=2)
+    if known is not None:
+        entropy = entropy / known.sum(dim=1, keepdim=True).to(entropy).log()
     total = entropy.sum(dim=0)
     share = torch.where(total > 0, entropy / total.clamp_min(torch.finfo(total.dtype).tiny), 1 / count)
     return _normalised(1 - share)
@@ -176,16 +184,6 @@ def inputs_of(weigh: Callable[..., Tensor]) -> frozenset[str]:
 def call(weigh: Callable[..., Tensor], offered: dict[str, Any]) -> Any:
     """The weights, from those of the offered inputs that the function names."""
     return weigh(**{name: offered[name] for name in inputs_of(weigh)})
-
-
-def validation_nll(
-    weights: Float[Tensor, " K"],
-    val_logits: Float[Tensor, "K N C"],
-    val_labels: Int[Tensor, " N"],
-    pool: str = "prob",
-) -> float:
-    """NLL of the pooled teachers at temperature 1, in nats."""
-    return float(_objective(val_logits, val_labels, pool)(weights.double().cpu().numpy())[0])
 
 
 def _objective(

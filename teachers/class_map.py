@@ -26,7 +26,7 @@ class ClassMap:
 
     groups: tuple[tuple[int, ...], ...]
 
-    @property
+    @cached_property
     def known(self) -> Bool[Tensor, " C"]:
         """Which classes of the data the teacher knows."""
         return torch.tensor([bool(group) for group in self.groups])
@@ -48,9 +48,9 @@ class ClassMap:
         else:
             padded = torch.cat([logits, logits.new_full((len(logits), 1), -torch.inf)], dim=1)
             picked = padded[:, index].logsumexp(dim=2)  # −1 picks the padding
-        known = self.known.to(logits.device)
-        if bool(known.all()):
+        if all(self.groups):
             return picked
+        known = self.known.to(logits.device)
         inside = torch.log_softmax(picked.masked_fill(~known, -torch.inf), dim=1)
         return inside.masked_fill(~known, NO_VOTE)
 
@@ -83,7 +83,13 @@ def read_map(path: Path) -> MapFile:
     names = None
     if set(table) == {"teacher_classes", "map"} and isinstance(table["map"], dict):
         listed, table = table["teacher_classes"], table["map"]
-        names = tuple(map(str, range(listed) if isinstance(listed, int) else listed or ()))
+        if not isinstance(listed, (int, list)) or isinstance(listed, bool):
+            raise ConfigError(
+                f"{path}: teacher_classes is {listed!r}",
+                "it should be the list of the teacher's classes in order, or how many there are",
+                "say teacher_classes: [first, second, third]",
+            )
+        names = tuple(map(str, range(listed) if isinstance(listed, int) else listed))
     groups = {}
     for name, group in table.items():
         members = group if isinstance(group, list) else [] if group is None else [group]
@@ -134,7 +140,7 @@ def _by_file(own: Sequence[str], wanted: Sequence[str], file: MapFile, label: st
             problems.append(_unknown(file, name, f"{data} has the classes", wanted))
             continue
         for member in members:
-            outputs = found.get(member.lower(), [])
+            outputs = [own.index(member)] if own.count(member) == 1 else found.get(member.lower(), [])
             if not outputs and member.isdigit() and int(member) < len(own):
                 outputs = [int(member)]
             if len(outputs) != 1:

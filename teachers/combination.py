@@ -13,13 +13,17 @@ from ensemble_kd.calibration import fit_temperature
 from ensemble_kd.combine import overlap
 from ensemble_kd.data.dataset import Images
 from ensemble_kd.errors import ConfigError, listing, nearest
+from ensemble_kd.metrics import within
 from ensemble_kd.models import user_object
 from ensemble_kd.teachers.ensemble import Ensemble, Teacher
 from ensemble_kd.weighting import (
     COMBINERS,
     EACH_BATCH,
+    ONCE,
     best_weights,
     call,
+    entropy_weights,
+    given_weights,
     inputs_of,
     learned_weights,
     optimality_gap,
@@ -28,7 +32,7 @@ from ensemble_kd.weighting import (
 
 Weigh = Callable[..., Tensor]
 
-PARTIAL = ("mean", "fixed", "entropy")
+_PARTIAL = (uniform_weights, given_weights, entropy_weights)
 """Combiners that make sense of teachers which know some classes only."""
 _TRIAL = 64
 
@@ -55,7 +59,14 @@ def find_combiner(combine: str | Weigh) -> tuple[str, Weigh]:
         name, own = combine, combine.startswith("py:")
         found = user_object(combine.removeprefix("py:")) if own else COMBINERS.get(combine)
     else:
-        name, found = getattr(combine, "__name__", "a function"), combine
+        table = {weigh: known for known, weigh in COMBINERS.items()}
+        name, found = table.get(combine, f"python:{getattr(combine, '__name__', 'function')}"), combine
+    if found is None and name.startswith("python:"):
+        raise ConfigError(
+            f"combine: {name} is not at hand",
+            "it was given as a Python function, which no file can bring back",
+            "call distill with the function again, or put it into a file: py:FILE.py:function",
+        )
     if found is None:
         raise ConfigError(
             f"combine: there is no {combine!r}",
@@ -68,7 +79,7 @@ def find_combiner(combine: str | Weigh) -> tuple[str, Weigh]:
         raise ConfigError(
             f"combine: {name} cannot be called",
             str(error),
-            f"give it parameters of these names: {', '.join(('count', 'val_logits', 'val_labels', *EACH_BATCH))}",
+            f"give it parameters of these names: {', '.join((*ONCE, *EACH_BATCH))}",
         ) from error
     return name, found
 
@@ -83,7 +94,7 @@ def set_up(
     temperatures: Tensor,
     how: Combination,
     logits: Tensor,
-    val: Images,
+    labels: Tensor,
     *,
     seed: int = 0,
     features: bool = False,
@@ -91,30 +102,37 @@ def set_up(
     """The ensemble, with everything fitted that is fitted on the validation split.
 
     Args:
-        logits: of the teachers (K, N, C) for the images of the validation split `val`.
+        logits: of the teachers (K, N, C) for the images of the validation split, and its `labels` (N,).
         seed: of the draws of combiners that draw.
         features: whether targets shall carry the teachers' features.
 
     Raises:
         ConfigError: the weights are none, or the combiner does not suit the teachers.
     """
-    count, labels = len(teachers), val.known_labels
-    plain = Ensemble(teachers, uniform_weights(count), temperatures, how.pool, seed=seed, features=features)
-    _check_known(plain, how)
+    count, device = len(teachers), logits.device
+    equal, temperatures = uniform_weights(count).to(device), temperatures.to(device)
+    ensemble = Ensemble(teachers, equal, temperatures, how.pool, seed=seed, features=features)
+    _check_known(ensemble, how)
     if how.calibrate in ("teachers", "both"):
-        plain = replace(plain, scales=_fit_scales(plain, logits, labels))
-    z = plain.calibrated(logits)
+        ensemble = replace(ensemble, scales=_fit_scales(ensemble, logits, labels))
+    z, fixed = ensemble.calibrated(logits), {"count": count, "pool": how.pool, "known": ensemble.known_mask}
     if inputs_of(how.weigh).isdisjoint(EACH_BATCH):
         given = torch.tensor(how.given) if how.given else None
-        once = {"count": count, "given": given, "val_logits": z, "val_labels": labels, "pool": how.pool}
-        weights = _tried(how, once, (count,)).float().to(z.device)
-        ensemble = replace(plain, weights=weights)
+        weights = _tried(how, {**fixed, "given": given, "val_logits": z, "val_labels": labels}, (count,))
+        ensemble = replace(ensemble, weights=weights.float().to(device))
+        _check_covered(ensemble.known_mask[ensemble.weights > 0])
     else:
-        _try_on_a_batch(how, plain, z, val)
-        ensemble = replace(plain, weigh=how.weigh)
-    if how.calibrate in ("pool", "both"):
-        ensemble = replace(ensemble, after=fit_temperature(ensemble.target(logits).plain, labels))
-    return ensemble
+        _try_on_a_batch(how, fixed, ensemble.temperatures, z, labels)
+        ensemble = replace(ensemble, weigh=how.weigh)
+        _check_covered(ensemble.known_mask)
+    return _calibrated_pool(ensemble, how, logits, labels)
+
+
+def _calibrated_pool(ensemble: Ensemble, how: Combination, logits: Tensor, labels: Tensor) -> Ensemble:
+    if how.calibrate not in ("pool", "both"):
+        return ensemble
+    ensemble = replace(ensemble, after=1.0)
+    return replace(ensemble, after=fit_temperature(ensemble.target(logits).plain, labels))
 
 
 def best_alone(ensemble: Ensemble, logits: Tensor, labels: Tensor) -> Ensemble:
@@ -123,24 +141,17 @@ def best_alone(ensemble: Ensemble, logits: Tensor, labels: Tensor) -> Ensemble:
     Raises:
         ConfigError: no teacher knows all classes.
     """
-    whole = _whole(ensemble)
-    if not whole:
+    whole = ensemble.known_mask.all(dim=1).nonzero().flatten()
+    if not len(whole):
         raise ConfigError(
             "no teacher knows all classes, so none can be the best one",
             "a teacher alone must know all classes",
-            "leave that control or combiner out: --controls labels",
+            "add one that does, such as one trained on this data, or leave best-teacher out of --controls",
         )
     best = whole[int(best_weights(ensemble.calibrated(logits)[whole], labels).argmax())]
-    weights = torch.zeros(len(ensemble.teachers))
+    weights = torch.zeros_like(ensemble.weights)
     weights[best] = 1
     return replace(ensemble, weights=weights, weigh=None, after=1.0)
-
-
-def _whole(ensemble: Ensemble) -> list[int]:
-    """The teachers that know all classes."""
-    known = ensemble.known
-    everyone = range(len(ensemble.teachers))
-    return list(everyone) if known is None else [k for k in everyone if bool(known[k].all())]
 
 
 def _check_known(ensemble: Ensemble, how: Combination) -> None:
@@ -154,12 +165,17 @@ def _check_known(ensemble: Ensemble, how: Combination) -> None:
             "they know some of the classes only, and their logits have no common scale with the others'",
             "say --pool prob",
         )
-    if how.name in COMBINERS and how.name not in PARTIAL:
+    if how.weigh in COMBINERS.values() and how.weigh not in _PARTIAL:
+        *others, last = [name for name, weigh in COMBINERS.items() if weigh in _PARTIAL]
         raise ConfigError(
             f"combine: {how.name} cannot weigh {', '.join(partial)}",
             "they know some of the classes only, and would be judged on all",
-            f"say --combine {', '.join(PARTIAL[:-1])} or {PARTIAL[-1]}",
+            f"say --combine {', '.join(others)} or {last}",
         )
+
+
+def _check_covered(known: Tensor) -> None:
+    """The teachers that count must know all classes together, and overlap."""
     nobody, whole = overlap(known)
     if nobody:
         raise ConfigError(
@@ -177,15 +193,10 @@ def _check_known(ensemble: Ensemble, how: Combination) -> None:
 
 def _fit_scales(ensemble: Ensemble, logits: Tensor, labels: Tensor) -> Tensor:
     """Each teacher's temperature, on the samples and classes that it knows."""
-    known = ensemble.known
-    scales = []
-    for k, own in enumerate(logits):
-        mask = torch.ones(own.shape[1], dtype=torch.bool) if known is None else known[k]
-        mask = mask.to(labels.device)
-        rows = mask[labels]
-        places = mask.cumsum(0) - 1
-        scales.append(fit_temperature(own[rows][:, mask], places[labels[rows]]))
-    return torch.tensor(scales)
+    pairs = zip(ensemble.known_mask, logits, strict=True)
+    return torch.tensor([fit_temperature(*within(mask, own, labels)) for mask, own in pairs]).to(
+        logits.device
+    )
 
 
 def _tried(how: Combination, offered: Mapping[str, Any], *shapes: tuple[int, ...]) -> Tensor:
@@ -212,25 +223,26 @@ def _tried(how: Combination, offered: Mapping[str, Any], *shapes: tuple[int, ...
     return weights
 
 
-def _try_on_a_batch(how: Combination, ensemble: Ensemble, z: Tensor, val: Images) -> None:
+def _try_on_a_batch(
+    how: Combination, fixed: Mapping[str, Any], temperatures: Tensor, z: Tensor, labels: Tensor
+) -> None:
     """Before anything is trained, with the mean of the teachers in the student's place."""
     z = z[:, :_TRIAL]
     count, batch = z.shape[:2]
     offered = {
-        "count": count,
-        "pool": ensemble.pool,
+        **fixed,
         "logits": z,
-        "labels": val.known_labels[:_TRIAL],
+        "labels": labels[:_TRIAL],
         "student_logits": z.mean(dim=0),
-        "temperatures": ensemble.temperatures.to(z.device),
+        "temperatures": temperatures,
         "draws": torch.full((count, batch), 0.5, device=z.device),
     }
     missing = inputs_of(how.weigh) - offered.keys()
     if missing:
         raise ConfigError(
             f"combine: {how.name} wants {', '.join(sorted(missing))} beside the batch",
-            "what is fitted on the validation split is fitted once, and cannot differ by batch",
-            "name either the validation split or the batch",
+            "weights that are fitted or given are the same for all batches",
+            "name either those or the batch",
         )
     _tried(how, offered, (count,), (count, batch))
 
@@ -242,16 +254,18 @@ def describe(ensemble: Ensemble, how: Combination, logits: Tensor, val: Images) 
         `combine`, `pool`, `weights` by teacher (those that evaluation uses), whether they `vary` by
         batch, `scales` and `after` (temperatures of the calibration), `discarded` (the probability
         outside the class maps), `known` (how many classes teachers know that do not know all),
-        `validation` (`n`, and `nll` of the `ensemble`, of `uniform` weights and of the `best` teacher,
-        at temperature 1), and for `learned` the `gap`, by how much at most the NLL of the weights lies
-        above the lowest.
+        `validation` (`n`, and at temperature 1 the `nll` of `uniform` weights, of the `best` teacher,
+        and of the `ensemble` where it needs neither labels nor a student; each calibrated alike), and for
+        `learned` the `gap`, by how much at most the NLL of the weights lies above the lowest.
     """
     labels, names = val.known_labels, [teacher.label for teacher in ensemble.teachers]
-    uniform = replace(ensemble, weights=uniform_weights(len(names)), weigh=None, after=1.0)
-    nll = {"ensemble": _nll(ensemble, logits, labels), "uniform": _nll(uniform, logits, labels)}
-    best = best_alone(uniform, logits, labels) if _whole(ensemble) else None
-    if best is not None:
-        nll["best"] = _nll(best, logits, labels)
+    uniform = replace(ensemble, weights=torch.full_like(ensemble.weights, 1 / len(names)), weigh=None)
+    compared = {"uniform": _calibrated_pool(uniform, how, logits, labels)}
+    if bool(ensemble.known_mask.all(dim=1).any()):
+        best = best_alone(ensemble, logits, labels)
+        compared["best"] = _calibrated_pool(best, how, logits, labels)
+    if ensemble.for_measuring() is ensemble:
+        compared["ensemble"] = ensemble
     gap = {}
     if how.weigh is learned_weights:
         gap["gap"] = optimality_gap(ensemble.weights, ensemble.calibrated(logits), labels, how.pool)
@@ -264,11 +278,15 @@ def describe(ensemble: Ensemble, how: Combination, logits: Tensor, val: Images) 
         "scales": dict(zip(names, scales, strict=True)),
         "after": ensemble.after,
         "discarded": {t.label: t.discarded(val) for t in ensemble.teachers if t.class_map},
-        "known": _known_names(ensemble),
+        "known": {
+            name: int(mask.sum())
+            for name, mask in zip(names, ensemble.known_mask, strict=True)
+            if not bool(mask.all())
+        },
         "validation": {
             "n": len(labels),
-            "nll": nll,
-            "best": names[int(best.weights.argmax())] if best is not None else None,
+            "nll": {name: _nll(one, logits, labels) for name, one in compared.items()},
+            "best": names[int(compared["best"].weights.argmax())] if "best" in compared else None,
         },
         **gap,
     }
@@ -276,12 +294,3 @@ def describe(ensemble: Ensemble, how: Combination, logits: Tensor, val: Images) 
 
 def _nll(ensemble: Ensemble, logits: Tensor, labels: Tensor) -> float:
     return float(-ensemble.target(logits).plain.double().gather(1, labels[:, None]).mean())
-
-
-def _known_names(ensemble: Ensemble) -> dict[str, int]:
-    """How many classes each teacher knows that does not know all."""
-    known = ensemble.known
-    if known is None:
-        return {}
-    pairs = zip(ensemble.teachers, known.sum(dim=1).tolist(), strict=True)
-    return {teacher.label: count for teacher, count in pairs if count < known.shape[1]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from ensemble_kd.teachers.class_map import ClassMap, map_classes
 from ensemble_kd.teachers.outputs import through_store
 from ensemble_kd.weighting import call, inputs_of
 
-_ALONE = {"count", "pool", "logits", "temperatures"}
+_ALONE = {"count", "pool", "known", "logits", "temperatures"}
 """What weights may depend on where there is neither a label nor a student."""
 _DRAW_STREAM = 1000  # of the views' hash, whose first few are the views' own
 
@@ -70,6 +70,13 @@ class Teacher:
             ModelError: its classes are others.
         """
         if self.class_map is not None:
+            groups = len(self.class_map.groups)
+            if groups != len(data.classes):
+                raise ModelError(
+                    f"the class map of {self.label!r} has {groups} classes, and {data.name} has {len(data.classes)}",
+                    "it has one group of the teacher's classes for each class of the data",
+                    "make it with class_map.map_classes for this data",
+                )
             return self
         mapping = map_classes(self.classifier.classes, data.classes, None, self.label, data.name)
         return replace(self, class_map=mapping)
@@ -185,25 +192,24 @@ class Ensemble:
     features: bool = False
     """Whether targets carry the teachers' penultimate features."""
 
-    def to(self, device: torch.device) -> Ensemble:
-        """Move all teachers to `device`; returns itself."""
-        for teacher in self.teachers:
-            teacher.classifier.to(device)
-        return self
+    @cached_property
+    def known_mask(self) -> Tensor:
+        """Which classes each teacher knows (K, C), on the device of the weights."""
+        masks = [
+            t.class_map.known if t.class_map else torch.ones(len(t.classifier.classes), dtype=torch.bool)
+            for t in self.teachers
+        ]
+        return torch.stack(masks).to(self.weights.device)
 
-    @property
+    @cached_property
     def known(self) -> Tensor | None:
-        """Which classes each teacher knows (K, C); None where all know all."""
-        masks = [teacher.class_map.known for teacher in self.teachers if teacher.class_map]
-        if all(bool(mask.all()) for mask in masks):
-            return None
-        everything = torch.ones_like(masks[0])
-        return torch.stack([t.class_map.known if t.class_map else everything for t in self.teachers])
+        """`known_mask`, or None where all know all."""
+        return None if bool(self.known_mask.all()) else self.known_mask
 
     @property
     def student_temperature(self) -> float:
         """The weighted mean of the teachers' temperatures."""
-        return float((self.weights.cpu() * self.temperatures.cpu()).sum())
+        return float((self.weights * self.temperatures).sum())
 
     def all_logits(self, images: Images, viewing: Viewing | None = None, view_id: int = 0) -> Tensor:
         """Stacked logits (K, N, C) of all images or one view of them, one teacher after another.
@@ -223,7 +229,7 @@ class Ensemble:
 
     def calibrated(self, logits: Tensor) -> Tensor:
         """Stacked logits (K, B, C) of the calibrated teachers."""
-        return logits if self.scales is None else logits / self.scales.to(logits)[:, None, None]
+        return logits if self.scales is None else logits / self.scales[:, None, None]
 
     def target(
         self,
@@ -242,10 +248,8 @@ class Ensemble:
             student_logits: (B, C), without a gradient.
             features: carried along.
         """
-        z, known = self.calibrated(logits), self.known
-        pooled = partial(
-            combine, pool=self.pool, known=None if known is None else known.to(z.device), after=self.after
-        )
+        z = self.calibrated(logits)
+        pooled = partial(combine, pool=self.pool, known=self.known, after=self.after)
         measuring = self.for_measuring()
         plain_weights = measuring._weights(z, None, epoch, None)
         same = batch is None or measuring is self
@@ -256,17 +260,22 @@ class Ensemble:
 
     def for_measuring(self) -> Ensemble:
         """The ensemble that networks are measured against, which sees neither labels nor a student."""
+        return self._measuring
+
+    @cached_property
+    def _measuring(self) -> Ensemble:
         needs_more = self.weigh is not None and not inputs_of(self.weigh) <= _ALONE
         return replace(self, weigh=None) if needs_more else self
 
     def _weights(self, z: Tensor, batch: Images | None, epoch: int, student_logits: Tensor | None) -> Tensor:
         if self.weigh is None:
-            return self.weights.to(z.device)
+            return self.weights
         offered: dict[str, Any] = {
             "count": len(z),
             "pool": self.pool,
+            "known": self.known_mask,
             "logits": z,
-            "temperatures": self.temperatures.to(z.device),
+            "temperatures": self.temperatures,
             "student_logits": student_logits,
             "labels": batch.labels if batch else None,
         }
@@ -274,7 +283,7 @@ class Ensemble:
             # One hash for all teachers: the number of each in bits that no sample's id has.
             ids = batch.ids + (torch.arange(len(z), device=z.device) << 40)[:, None]
             offered["draws"] = views.uniform(self.seed, epoch, ids.flatten(), _DRAW_STREAM).view(ids.shape)
-        return call(self.weigh, offered)
+        return call(self.weigh, offered).to(z)  # a function of the user's may give any type, anywhere
 
 
 def _stacked(outputs: Sequence[Outputs]) -> Outputs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ensemble_kd.console import log
 from ensemble_kd.data import load_data
 from ensemble_kd.data.dataset import Dataset
 from ensemble_kd.device import choose_device
-from ensemble_kd.errors import ModelError
+from ensemble_kd.errors import ModelError, listing
 from ensemble_kd.features import head_of
 from ensemble_kd.fit import Recipe, train_on_labels
 from ensemble_kd.fresh import is_file, new_classifier, own_classifier, say_conversion
@@ -80,6 +80,8 @@ def _with_its_own_classes(
     """A teacher that is trained already, whose classes are brought to those of the data."""
     names = file.teacher_classes if file else None
     classifier = own_classifier(model, dataset, names, **options)
+    if names is not None and classifier.classes != names:
+        raise _other_names(model, classifier.classes, names)
     mapping = map_classes(classifier.classes, dataset.classes, file, model.label, dataset.name)
     say_conversion(classifier.card.preprocess.channels, dataset, model.label)
     origin = str(Path(model.weights or model.arch)) if _is_trained(model) else model.canonical
@@ -120,9 +122,26 @@ def check_teacher(
         )
         known = None
         if features:
-            known = new_classifier(name, data, size=size, stem=stem, offline=True, sketch=True)
+            known = new_classifier(name, data, size=size, stem=stem, sketch=True, scratch=True)
     if features and known is not None:
-        head_of(known.net, name.label)
+        head_of(known, name.label)
+
+
+def _check_published(name: ModelName) -> None:
+    if pretrained.at_hand(name) == "none":
+        raise ModelError(
+            f"{name.label!r} has no published weights, so it has no classes of its own to map",
+            "it would be trained on this data, with the classes of this data",
+            f"leave {name.label} out of --class-map",
+        )
+
+
+def _other_names(name: ModelName, own: Sequence[str], names: Sequence[str]) -> ModelError:
+    return ModelError(
+        f"{name.label!r} has {len(own)} classes, and its class map names {len(names)} teacher_classes",
+        f"its classes: {listing(own)}; in the map: {listing(names)}",
+        "leave teacher_classes out: its weights name their classes",
+    )
 
 
 def _check_classes(
@@ -134,8 +153,11 @@ def _check_classes(
         known = own_classifier(name, data, names, size=size, stem=stem, offline=offline, sketch=True)
         own: tuple[str, ...] | None = known.classes
     else:
+        _check_published(name)
         pretrained.check(name, offline)
-        own = names or pretrained.published_classes(name)
+        own = pretrained.published_classes(name) or names
+    if own is not None and names is not None and own != names:
+        raise _other_names(name, own, names)
     if own is not None:  # a network on the hub says its classes when it is fetched
         map_classes(own, data.classes, file, name.label, data.name)
     return known

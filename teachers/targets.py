@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -16,6 +17,7 @@ class LiveTargets:
     """Runs the teachers on each batch of views: always fresh, and most of a step's time."""
 
     ensemble: Ensemble
+    live: ClassVar[bool] = True
 
     def __call__(self, batch: Images, index: Tensor, epoch: int, student_logits: Tensor) -> Target:
         """See `objective.TargetSource`."""
@@ -34,6 +36,7 @@ class StoredTargets:
     train: Images
     viewing: Viewing
     views: dict[int, Outputs] = field(default_factory=dict)
+    live: ClassVar[bool] = False
 
     def __call__(self, batch: Images, index: Tensor, epoch: int, student_logits: Tensor) -> Target:
         """See `objective.TargetSource`."""

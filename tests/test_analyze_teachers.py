@@ -133,6 +133,25 @@ def test_gains_are_over_the_best_teacher_and_paired(analysis, three, few_digits)
     assert numbers["combiners"]["mean"]["nll_gain"]["value"] == pytest.approx(nll, abs=1e-5)
 
 
+def test_calibration_is_no_gain_of_combining(three, tmp_path):
+    options = {**OPTIONS, "calibrate": "teachers"}
+    (row,) = (
+        analyze_teachers(three[:1], out=tmp_path / "x", **options).numbers["combiners"][name]
+        for name in ("learned",)
+    )
+    assert row["nll_gain"]["value"] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_combiner_of_the_table_need_not_be_named(three, tmp_path):
+    with refused(
+        ConfigError,
+        "combine: learned is judged in any case",
+        "all combiners of the table are",
+        "leave it out, or name a function of yours: py:FILE.py:function",
+    ):
+        analyze_teachers(three, combine="learned", out=tmp_path / "x", **OPTIONS)
+
+
 def test_what_cannot_be_judged_beforehand_says_why(analysis):
     left_out = {k: row["left_out"] for k, row in analysis.numbers["combiners"].items() if "left_out" in row}
     assert left_out == {
@@ -163,6 +182,7 @@ def test_the_bad_teacher_is_to_be_dropped_and_no_good_one(analysis, three, few_d
     [
         ({"a": (-0.2, -0.3, -0.1), "b": (0.1, 0.0, 0.2)}, "Drop a: without it"),
         ({"a": (-0.2, -0.5, 0.1), "b": (0.1, 0.0, 0.2)}, "Keep all: leaving out none"),
+        ({"a": (-0.5, -1.1, 0.1), "b": (-0.3, -0.4, -0.2)}, "Drop b: without it"),
         ({"a": (0.2, 0.1, 0.3), "b": (0.1, 0.05, 0.2)}, "Keep all: leaving out none"),
         ({}, "There is nothing to leave out."),
     ],
@@ -190,7 +210,9 @@ def test_a_combiner_of_yours_is_judged_beside_the_others(three, tmp_path):
 
     numbers = analyze_teachers(three, combine=first, out=tmp_path / "x", **OPTIONS).numbers
     alone = numbers["teachers"]["good"]
-    assert numbers["combiners"]["first"]["nll"]["value"] == pytest.approx(alone["nll"]["value"], rel=1e-5)
+    assert numbers["combiners"]["python:first"]["nll"]["value"] == pytest.approx(
+        alone["nll"]["value"], rel=1e-5
+    )
     given = analyze_teachers(three, weights=[1, 0, 0], out=tmp_path / "y", **OPTIONS).numbers
     assert given["combiners"]["fixed"]["nll"]["value"] == pytest.approx(alone["nll"]["value"], rel=1e-5)
 
@@ -209,8 +231,8 @@ def test_a_teacher_that_knows_some_classes_is_judged_among_them(three, few_digit
     with refused(
         ConfigError,
         "no teacher knows all classes, so none can be the best one",
-        "combiners are judged by what they gain over the best single teacher",
-        "add a teacher that knows all classes, such as one trained on this data",
+        "a teacher alone must know all classes",
+        "add one that does, such as one trained on this data, or leave best-teacher out of --controls",
     ):
         analyze_teachers([partial], out=tmp_path / "y", **OPTIONS)
 

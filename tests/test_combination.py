@@ -17,7 +17,7 @@ from ensemble_kd.calibration import fit_temperature
 from ensemble_kd.cli.distill import distill as distill_verb
 from ensemble_kd.data.dataset import Dataset
 from ensemble_kd.distillation import DistillResult, distill
-from ensemble_kd.errors import ConfigError
+from ensemble_kd.errors import ConfigError, TrainingError
 from ensemble_kd.losses import LOSSES
 from ensemble_kd.models import user_object
 from ensemble_kd.objective import Viewing
@@ -80,6 +80,10 @@ def test_every_combiner_teaches(teachers, few_digits, tmp_path, combine):
     table = metrics_table(result.metrics)
     assert ("weight" in table) == (combine != "mean")
     assert (f"Combined by {combine}, pool prob: validation NLL" in table) == (combine != "mean")
+    needs = inputs_of(COMBINERS[combine]) & {"labels", "student_logits"}
+    assert ("ensemble" in report["validation"]["nll"]) == (
+        not needs
+    )  # else it would be that of equal weights
     manifest = json.loads((result.folder / "manifest.json").read_text())
     assert all(row["before"] == row["after"] for row in manifest["teachers"])
 
@@ -114,7 +118,7 @@ def test_nothing_is_fitted_on_training_or_test_images(teachers, few_digits):
         seen.append((val_logits, val_labels))
         return torch.full((3,), 1 / 3)
 
-    set_up(teachers, torch.ones(3), Combination("spying", spying), z, val)
+    set_up(teachers, torch.ones(3), Combination("spying", spying), z, val.known_labels)
     assert len(seen) == 1
     assert torch.equal(seen[0][0], z)
     assert torch.equal(seen[0][1], val.known_labels)
@@ -137,8 +141,8 @@ def test_networks_are_measured_against_what_sees_no_label(teachers, few_digits, 
 def test_calibration_is_fitted_on_the_validation_split(teachers, few_digits, calibrate):
     z, val = stacked(teachers, few_digits.val), few_digits.val
     how = Combination("mean", COMBINERS["mean"], calibrate=calibrate)
-    ensemble = set_up(teachers, torch.full((3,), 4.0), how, z, val)
     labels = val.known_labels
+    ensemble = set_up(teachers, torch.full((3,), 4.0), how, z, labels)
     own = calibrate in ("teachers", "both")
     scales = [fit_temperature(logits, labels) if own else 1.0 for logits in z]
     p = np.mean(
@@ -157,7 +161,7 @@ def test_calibration_is_fitted_on_the_validation_split(teachers, few_digits, cal
 def test_one_teacher_is_that_teacher_whatever_combines_it(teachers, few_digits, combine):
     z, val, train = stacked(teachers[:1], few_digits.val), few_digits.val, few_digits.train
     how = Combination(combine, COMBINERS[combine])
-    ensemble = set_up(teachers[:1], torch.tensor([4.0]), how, z, val)
+    ensemble = set_up(teachers[:1], torch.tensor([4.0]), how, z, val.known_labels)
     index = torch.arange(16)
     student = torch.randn(16, 10)
     target = LiveTargets(ensemble)(train[index], index, 0, student)
@@ -170,7 +174,7 @@ def test_one_teacher_is_that_teacher_whatever_combines_it(teachers, few_digits, 
 def test_stored_and_live_teachers_are_weighed_alike(teachers, few_digits, combine):
     z = stacked(teachers, few_digits.val)
     how = Combination(combine, COMBINERS[combine])
-    ensemble = set_up(teachers, torch.full((3,), 4.0), how, z, few_digits.val, seed=5)
+    ensemble = set_up(teachers, torch.full((3,), 4.0), how, z, few_digits.val.known_labels, seed=5)
     viewing, index, student = Viewing("crop", 2, 3), torch.arange(40), torch.randn(40, 10)
     stored = StoredTargets(ensemble, few_digits.train, viewing)
     for epoch in (0, 3):
@@ -184,7 +188,7 @@ def test_draws_depend_on_seed_epoch_and_sample_alone(teachers, few_digits):
     def drawn(seed: int, epoch: int, index: Tensor) -> Tensor:
         z = stacked(teachers, few_digits.val)
         how = Combination("drop", COMBINERS["drop"])
-        ensemble = set_up(teachers, torch.full((3,), 4.0), how, z, few_digits.val, seed=seed)
+        ensemble = set_up(teachers, torch.full((3,), 4.0), how, z, few_digits.val.known_labels, seed=seed)
         student = torch.zeros(len(index), 10)
         return LiveTargets(ensemble)(few_digits.train[index], index, epoch, student).weights
 
@@ -245,12 +249,14 @@ def test_a_function_of_yours_weighs_by_file_and_by_object(teachers, tmp_path, mi
     assert by_file.student.fingerprint() == by_object.student.fingerprint()
     logits = [r.student(torch.zeros(4, 1, 8, 8)) for r in (by_file, best)]
     torch.testing.assert_close(*logits, atol=1e-3, rtol=0)
-    assert by_object.metrics["combination"]["combine"] == "favour_the_first"
+    assert by_object.metrics["combination"]["combine"] == "python:favour_the_first"
     assert list(by_file.metrics["combination"]["mean_weights"].values()) == pytest.approx([1, 0, 0])
 
 
 NO_WEIGHTS = "return non-negative weights that sum to 1 over the teachers, as a tensor"
-OFFERED = "count, val_logits, val_labels, logits, labels, student_logits, temperatures, draws"
+OFFERED = (
+    "count, given, val_logits, val_labels, pool, known, logits, labels, student_logits, temperatures, draws"
+)
 
 
 @pytest.mark.parametrize(
@@ -264,8 +270,8 @@ OFFERED = "count, val_logits, val_labels, logits, labels, student_logits, temper
         ("failing", "failed: ValueError: no idea", "it was called with the validation split",
          "call it in a Python session to see the whole traceback"),
         ("both", "wants val_logits beside the batch",
-         "what is fitted on the validation split is fitted once, and cannot differ by batch",
-         "name either the validation split or the batch"),
+         "weights that are fitted or given are the same for all batches",
+         "name either those or the batch"),
     ],
 )  # fmt: skip
 def test_a_function_that_gives_no_weights_is_refused(teachers, tmp_path, mine, name, what, why, fix):
@@ -282,7 +288,8 @@ def test_a_function_that_gives_no_weights_is_refused(teachers, tmp_path, mine, n
          f"known are {', '.join(COMBINERS)} and py:FILE.py:function", "did you mean 'learned'?"),
         ({"combine": "fixed"}, "combine: fixed has no weights", "none are given", "say --weights 0.7,0.3"),
         ({"combine": "learned", "weights": [0.5, 0.3, 0.2]}, "weights: learned finds its own",
-         "given weights are used by --combine fixed alone", "leave out --weights or --combine"),
+         "given weights are used by --combine fixed, and by functions of yours that name `given`",
+         "leave out --weights or --combine"),
         ({"loss": "kll"}, "loss: there is no 'kll'", f"known are {', '.join(LOSSES)}", "did you mean 'kl'?"),
         ({"sets": ["loss_numbers.gamma=2"]}, "loss_numbers: kl has no gamma",
          "it has no numbers of its own", "leave them out, or choose another loss"),
@@ -313,7 +320,7 @@ def test_every_loss_teaches_with_its_own_temperature(teachers, tmp_path, loss):
     ("options", "weights"),
     [
         ({"soft_schedule": "constant"}, [0.9, 0.9, 0.9, 0.9]),
-        ({"soft_schedule": "linear"}, [0.9, 0.9, 0.9, 0.45]),
+        ({"soft_schedule": "linear"}, [0.9, 0.9, 0.45, 0]),
         ({"soft_schedule": "cutoff"}, [0.9, 0.9, 0, 0]),
         ({"soft_schedule": "cutoff", "soft_epochs": 1}, [0.9, 0, 0, 0]),
         ({"soft_schedule": "warmup", "soft_weight": 1.0}, [0.5, 1, 1, 1]),
@@ -362,10 +369,91 @@ def test_a_run_with_a_fitted_combiner_is_repeated_by_its_configuration(tmp_path)
 
 def test_weights_that_are_fitted_move_with_the_ensemble(teachers, few_digits):
     z = stacked(teachers, few_digits.val)
-    ensemble: Ensemble = set_up(
-        teachers, torch.full((3,), 4.0), Combination("greedy", COMBINERS["greedy"]), z, few_digits.val
-    )
+    labels, how = few_digits.val.known_labels, Combination("greedy", COMBINERS["greedy"])
+    ensemble: Ensemble = set_up(teachers, torch.full((3,), 4.0), how, z, labels)
     assert ensemble.student_temperature == pytest.approx(4.0)
     assert ensemble.for_measuring() is ensemble
     with_batches = Ensemble(teachers, ensemble.weights, ensemble.temperatures, weigh=COMBINERS["agree"])
     assert with_batches.for_measuring().weigh is None
+
+
+def test_comparisons_on_the_validation_split_are_calibrated_alike(teachers, few_digits):
+    z, val = stacked(teachers, few_digits.val), few_digits.val
+    for calibrate in ("none", "teachers", "pool", "both"):
+        how = Combination("mean", COMBINERS["mean"], calibrate=calibrate)
+        ensemble = set_up(teachers, torch.ones(3), how, z, val.known_labels)
+        nll = describe(ensemble, how, z, val)["validation"]["nll"]
+        assert nll["ensemble"] == pytest.approx(nll["uniform"])
+
+
+def test_weights_that_are_none_in_a_later_batch_stop_training(teachers, tmp_path):
+    def only_on_trial(logits):
+        size = 1 / len(logits) if logits.shape[1] == 64 else 3.0
+        return torch.full(logits.shape[:2], size)
+
+    with refused(
+        TrainingError,
+        "epoch 1: the weights of the teachers are none",
+        "some were negative, or did not sum to 1 in a batch, which changes the scale of the loss",
+        "return weights that sum to 1 over the teachers for every batch",
+    ):
+        run(teachers, tmp_path / "run", combine=only_on_trial)
+
+
+def test_weights_of_whole_numbers_are_weights(teachers, tmp_path):
+    def nearest(logits):
+        return torch.nn.functional.one_hot(logits.amax(dim=2).argmax(dim=0), len(logits)).T
+
+    means = run(teachers, tmp_path / "run", combine=nearest).metrics["combination"]["mean_weights"]
+    assert sum(means.values()) == pytest.approx(1)
+
+
+def test_a_function_of_yours_may_take_the_given_weights(teachers, tmp_path):
+    def halved(given):
+        return (given + 1 / len(given)) / 2
+
+    report = run(teachers, tmp_path / "run", combine=halved, weights=[1, 0, 0]).metrics["combination"]
+    assert list(report["weights"].values()) == pytest.approx([2 / 3, 1 / 6, 1 / 6])
+
+    def mean(count):
+        return torch.full((count,), 1 / count)
+
+    with refused(
+        ConfigError,
+        "weights: python:mean finds its own",
+        "given weights are used by --combine fixed, and by functions of yours that name `given`",
+        "leave out --weights or --combine",
+    ):
+        run(teachers, tmp_path / "again", combine=mean, weights=[1, 0, 0])
+
+
+def test_a_python_function_is_not_lost_from_the_configuration(few_digits, tmp_path):
+    def mine(count):
+        return torch.full((count,), 1 / count)
+
+    options = {**QUICK, "teacher_epochs": 1, "epochs": 1}
+    folder = distill(["lenet", "resnet8"], "lenet", combine=mine, out=tmp_path / "a", **options).folder
+    with refused(
+        ConfigError,
+        "combine: python:mine is not at hand",
+        "it was given as a Python function, which no file can bring back",
+        "call distill with the function again, or put it into a file: py:FILE.py:function",
+    ):
+        distill(config_file=folder / "config.yaml", out=tmp_path / "b")
+
+
+def test_options_do_not_shape_teachers_that_are_objects(teachers, tmp_path):
+    for option, value in (("class_map", {"lenet": "map.yaml"}), ("teacher_size", {"lenet": 32})):
+        with refused(
+            ConfigError,
+            f"{option}: lenet was given as an object",
+            "it has its size and its classes already",
+            "leave it out, and give them to load_teacher",
+        ):
+            run(teachers, tmp_path / "run", **{option: value})
+
+
+def test_live_teachers_rest_when_the_soft_weight_is_zero(teachers, tmp_path):
+    rows = Run(run(teachers, tmp_path / "run", views=0, soft_schedule="cutoff", epochs=2).folder).history()
+    measured = ["teacher_student_cross_entropy" in row["train"] for row in rows]
+    assert measured == [True, False]

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from ensemble_kd.losses import (
     LOSSES,
-    SCHEDULES,
     UNLABELLED,
     decoupled_kl,
     distillation_loss,
@@ -443,12 +442,12 @@ FACTORS: list[tuple[str, int | None, list[float]]] = [
     ("constant", None, [1, 1, 1, 1]),
     ("constant", 2, [1, 1, 1, 1]),
     ("constant", None, [1]),
-    ("linear", None, [1, 1, 1, 1 / 2]),
-    ("linear", None, [1, 1, 1, 4 / 5, 2 / 5]),
-    ("linear", None, [1, 1, 1, 1, 1, 1, 4 / 5, 3 / 5, 2 / 5, 1 / 5]),
-    ("linear", None, [1, 1]),
+    ("linear", None, [1, 1, 1 / 2, 0]),
+    ("linear", None, [1, 1, 4 / 5, 2 / 5, 0]),
+    ("linear", None, [1, 1, 1, 1, 1, 4 / 5, 3 / 5, 2 / 5, 1 / 5, 0]),
+    ("linear", None, [1, 0]),
     ("linear", None, [1]),
-    ("linear", 1, [1, 1, 1, 1 / 2]),
+    ("linear", 1, [1, 1, 1 / 2, 0]),
     ("cutoff", None, [1, 1, 0, 0]),
     ("cutoff", None, [1, 1, 1, 0, 0]),
     ("cutoff", None, [1]),
@@ -475,7 +474,7 @@ def test_soft_weights_by_epoch(schedule: str, span: int | None, factors: list[fl
     assert found == pytest.approx([weight * factor for factor in factors], rel=1e-12)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cutoff", "warmup"])
 def test_soft_weights_lie_within_the_weight_and_move_one_way(schedule: str) -> None:
     for epochs in range(1, 13):
         for span in (None, *range(15)):
@@ -486,6 +485,5 @@ def test_soft_weights_lie_within_the_weight_and_move_one_way(schedule: str) -> N
 
 
 def test_an_unknown_schedule_is_not_taken_for_another() -> None:
-    assert set(SCHEDULES) == {schedule for schedule, _, _ in FACTORS}
     with pytest.raises(KeyError):
         soft_weight_at("cosine", 0.9, 0, 10)

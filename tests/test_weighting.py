@@ -33,7 +33,6 @@ from ensemble_kd.weighting import (
     learned_weights,
     optimality_gap,
     uniform_weights,
-    validation_nll,
 )
 
 B, C, N = 4, 6, 40
@@ -535,16 +534,6 @@ def test_the_gap_bounds_what_is_left_to_gain(kind: str, pool: str) -> None:
         gap = optimality_gap(torch.from_numpy(weights), inputs["val_logits"], inputs["val_labels"], pool)
         assert gap >= reference_nll(weights, inputs, pool) - lowest - 1e-9
         assert gap == pytest.approx(frank_wolfe_gap(weights, inputs, pool), rel=1e-9, abs=1e-9)
-
-
-@fitted_pool
-@every_split
-@every_count
-def test_the_nll_of_weights_equals_the_reference(kind: str, count: int, pool: str) -> None:
-    inputs = validation_split(kind, count)
-    for weights in (*np.eye(count), *np.random.default_rng(0).dirichlet(np.ones(count), size=5)):
-        nll = validation_nll(torch.from_numpy(weights), inputs["val_logits"], inputs["val_labels"], pool)
-        assert nll == pytest.approx(reference_nll(weights, inputs, pool), rel=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["unlike", "a bad one", "−1e4 at the label"])

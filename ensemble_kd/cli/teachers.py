@@ -42,5 +42,15 @@ def analyze_teachers(given: dict[str, Any], config: Path | None, sets: list[str]
     result = run(config_file=config, sets=sets, **given)
     emit(as_json, {"folder": str(result.folder), **result.numbers}, result.table())
     print(f"\nnumbers: {result.folder / 'teachers.json'}", file=sys.stderr)
-    names = ",".join(result.numbers["teachers"])
-    hint_next(["ekd", "distill", "--teachers", names, "--data", result.numbers["data"]])
+    kept = [word for flag, value in given.items() if flag != "out" for word in _as_flag(flag, value)]
+    hint_next(["ekd", "distill", *kept])
+
+
+def _as_flag(name: str, value: Any) -> list[str]:
+    """A flag as it was given, for a command that follows."""
+    if name == "train_teachers":
+        return ["--no-train"]
+    flag = f"--{name.replace('_', '-')}"
+    if value is True:
+        return [flag]
+    return [flag, ",".join(value) if isinstance(value, list) else str(value)]

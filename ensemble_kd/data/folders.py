@@ -240,12 +240,10 @@ def decode(folder: Folder, split: str, size: tuple[int, int], first_id: int = 0)
     """Decode one split into a uint8 tensor, all images resized to cover `size` and cut in the middle.
 
     Raises:
-        DataError: files are damaged, or the split does not fit into the memory.
+        DataError: files are damaged.
     """
     files = folder.files[split]
     channels = 1 if folder.grey else 3
-    total = sum(map(len, folder.files.values()))
-    _check_memory((total if first_id == 0 else 0) * channels * size[0] * size[1], folder.root)
     pixels = np.empty((len(files), channels, *size), dtype=np.uint8)
     broken: list[Problem] = []
     starts = range(0, len(files), _BLOCK)
@@ -300,6 +298,7 @@ def load_folder(
     folder = scan(path)
     folder.check()
     shape = (size, size) if size else default_size(folder)
+    check_memory(folder, shape)
     splits, first_id = {}, 0
     for name in folder.files:
         splits[name] = decode(folder, name, shape, first_id)
@@ -313,8 +312,14 @@ def load_folder(
     return images[kept], None, images[held], folder.classes
 
 
-def _check_memory(needed: int, root: Path) -> None:
-    free = _available_memory()
+def check_memory(folder: Folder, size: tuple[int, int]) -> None:
+    """Refuse a folder whose images do not fit into the memory.
+
+    Raises:
+        DataError: they do not.
+    """
+    count, root = sum(map(len, folder.files.values())), folder.root
+    needed, free = count * (1 if folder.grey else 3) * size[0] * size[1], _available_memory()
     if free is not None and needed > 0.8 * free:
         raise DataError(
             f"the images of {root} do not fit into memory",
