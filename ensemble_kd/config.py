@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -138,31 +137,55 @@ def _keys(model: type[Options], prefix: str = "") -> list[str]:
     return keys
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice."""
+class _UniqueKeys:
+    """Refuses a key that is given twice, and one that is no plain value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key, count in Counter(keys).items():
-            if count > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands there twice", node.start_mark
-                )
-        return super().construct_mapping(node, deep)
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[attr-defined]
+        for key in keys:
+            if isinstance(key, (list, dict)):
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is no key", node.start_mark)
+            if keys.count(key) > 1:
+                why = f"the key {key!r} stands there twice"
+                raise yaml.constructor.ConstructorError(None, None, why, node.start_mark)
+        return super().construct_mapping(node, deep)  # type: ignore[misc]
+
+
+class _Values(_UniqueKeys, yaml.SafeLoader):
+    """Numbers, truth values and texts; no tag in a file can make Python objects."""
+
+
+class _Texts(_UniqueKeys, yaml.BaseLoader):
+    """Texts alone: `no` is a name, and so is `010`."""
 
 
 def read_yaml(path: Path, option: str = "--config") -> dict[str, Any]:
-    """The table in a YAML file that `option` names; no tag in it can make Python objects.
+    """The table of options in the YAML file that `option` names.
 
     Raises:
         ConfigError: the file is missing or no table.
     """
+    return _read(path, option, _Values)
+
+
+def read_names(path: Path, option: str) -> dict[str, Any]:
+    """A table in a YAML file in which every key and value is a text, a list or a table of texts.
+
+    Raises:
+        ConfigError: the file is missing or no table.
+    """
+    return _read(path, option, _Texts)
+
+
+def _read(path: Path, option: str, loader: type[_Values] | type[_Texts]) -> dict[str, Any]:
     try:
-        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # noqa: S506
+        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)  # noqa: S506
     except OSError as error:
         raise ConfigError(
             f"cannot read {path}", str(error.strerror), f"check the path of {option}"
         ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"cannot read {path}", "it is no text", f"check the path of {option}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""

@@ -25,7 +25,8 @@ from ensemble_kd.models import ModelName, parse
 from ensemble_kd.names import label_of
 from ensemble_kd.objective import Viewing
 from ensemble_kd.schema import CombineOptions, DistillOptions
-from ensemble_kd.teachers.combination import Combination, find_combiner, label_free
+from ensemble_kd.teachers.class_map import ClassMap
+from ensemble_kd.teachers.combination import Combination, check_known, find_combiner, label_free
 from ensemble_kd.teachers.ensemble import Teacher
 from ensemble_kd.teachers.registry import can_be_trained, check_teacher, load_teacher
 from ensemble_kd.weighting import inputs_of
@@ -82,7 +83,7 @@ def prepare(options: DistillOptions, objects: Objects) -> tuple[Setting, list[Mo
     )
     by_text = dict(zip(texts, parsed, strict=True))
     names = [by_text.get(text) for text in options.teachers]
-    unlabelled, start, adapted, *_ = together(
+    unlabelled, start, adapted, _, _, _, *maps = together(
         partial(load_unlabelled, options.unlabelled, data) if options.unlabelled else lambda: None,
         partial(_student, options, named_student, student, data),
         partial(adapt, objects.teachers, options, data),
@@ -91,6 +92,7 @@ def prepare(options: DistillOptions, objects: Objects) -> tuple[Setting, list[Mo
         partial(_check_controls, options, names),
         *teacher_checks(options, parsed, data, features=options.feature_weight > 0),
     )
+    _check_known(options, combination, dict(zip(texts, maps, strict=True)), adapted, len(data.classes))
     data = data.to(device)
     transfer = _transfer(options, data, unlabelled and unlabelled.to(device))
     recipe = recipes.student_recipe(start, len(transfer), options.training.model_dump())
@@ -120,8 +122,8 @@ def combination_of(options: CombineOptions, function: Callable[..., Tensor] | No
 
 def teacher_checks(
     options: CombineOptions, names: Sequence[ModelName], data: Dataset, features: bool = False
-) -> list[Callable[[], None]]:
-    """A check of each teacher, to be called together with others."""
+) -> list[Callable[[], ClassMap | None]]:
+    """A check of each teacher that gives its class map, to be called together with others."""
     return [
         partial(
             check_teacher,
@@ -232,6 +234,20 @@ def _check_label_loss(options: DistillOptions) -> None:
             "the unlabelled ones have none",
             f"choose one of {', '.join(free)}",
         )
+
+
+def _check_known(
+    options: DistillOptions,
+    combination: Combination,
+    maps: dict[str, ClassMap | None],
+    given: dict[str, Teacher],
+    classes: int,
+) -> None:
+    """Refuse what teachers that know some classes only cannot do, as far as their maps are known."""
+    labels = [label_of(text) for text in options.teachers]
+    found = [given[text].class_map if text in given else maps[text] for text in options.teachers]
+    masks = [one.known if one else torch.ones(classes, dtype=torch.bool) for one in found]
+    check_known(labels, torch.stack(masks), combination, best="best-teacher" in options.controls)
 
 
 def _check_controls(options: DistillOptions, names: Sequence[ModelName | None]) -> None:

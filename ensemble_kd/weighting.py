@@ -183,7 +183,7 @@ def inputs_of(weigh: Callable[..., Tensor]) -> frozenset[str]:
 
 def call(weigh: Callable[..., Tensor], offered: dict[str, Any]) -> Any:
     """The weights, from those of the offered inputs that the function names."""
-    return weigh(**{name: offered[name] for name in inputs_of(weigh)})
+    return weigh(**{name: offered[name] for name in inputs_of(weigh) if name in offered})
 
 
 def _objective(

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ensemble_kd.config import read_yaml
+from ensemble_kd.config import read_names
 from ensemble_kd.errors import ConfigError, ModelError, Problem, listing, nearest
 from ensemble_kd.imagenet import aliases
 
@@ -79,28 +79,38 @@ def read_map(path: Path) -> MapFile:
     Raises:
         ConfigError: the file is no class map.
     """
-    table: Any = read_yaml(path.expanduser(), "--class-map")
+    table: Any = read_names(path.expanduser(), "--class-map")
     names = None
     if set(table) == {"teacher_classes", "map"} and isinstance(table["map"], dict):
-        listed, table = table["teacher_classes"], table["map"]
-        if not isinstance(listed, (int, list)) or isinstance(listed, bool):
-            raise ConfigError(
-                f"{path}: teacher_classes is {listed!r}",
-                "it should be the list of the teacher's classes in order, or how many there are",
-                "say teacher_classes: [first, second, third]",
-            )
-        names = tuple(map(str, range(listed) if isinstance(listed, int) else listed))
+        names, table = _listed(path, table["teacher_classes"]), table["map"]
     groups = {}
     for name, group in table.items():
-        members = group if isinstance(group, list) else [] if group is None else [group]
-        if not all(isinstance(member, (str, int)) for member in members):
+        members = group if isinstance(group, list) else [group] if group not in ("", "~", "null") else []
+        if not all(isinstance(member, str) for member in members):
             raise ConfigError(
                 f"{path}: {name!r} has {group!r}",
                 "a class of the data takes the teacher's class, or a list of them",
-                f"say {name}: [first class, second class]; quote yes, no, on and off",
+                f"say {name}: [first class, second class]",
             )
-        groups[str(name)] = [str(member).lower() if member is True else str(member) for member in members]
+        groups[str(name)] = members
     return MapFile(path, groups, names)
+
+
+def _listed(path: Path, listed: Any) -> tuple[str, ...]:
+    """The teacher's own classes: a list of names, or how many there are."""
+    if isinstance(listed, str) and _is_number(listed):
+        return tuple(map(str, range(int(listed))))
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise ConfigError(
+            f"{path}: teacher_classes is {listed!r}",
+            "it should be the list of the teacher's classes in order, or how many there are",
+            "say teacher_classes: [first, second, third]",
+        )
+    return tuple(listed)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
 
 
 def map_classes(
@@ -141,7 +151,7 @@ def _by_file(own: Sequence[str], wanted: Sequence[str], file: MapFile, label: st
             continue
         for member in members:
             outputs = [own.index(member)] if own.count(member) == 1 else found.get(member.lower(), [])
-            if not outputs and member.isdigit() and int(member) < len(own):
+            if not outputs and _is_number(member) and int(member) < len(own):
                 outputs = [int(member)]
             if len(outputs) != 1:
                 problems.append(

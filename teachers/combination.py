@@ -112,7 +112,7 @@ def set_up(
     count, device = len(teachers), logits.device
     equal, temperatures = uniform_weights(count).to(device), temperatures.to(device)
     ensemble = Ensemble(teachers, equal, temperatures, how.pool, seed=seed, features=features)
-    _check_known(ensemble, how)
+    check_known([teacher.label for teacher in teachers], ensemble.known_mask, how)
     if how.calibrate in ("teachers", "both"):
         ensemble = replace(ensemble, scales=_fit_scales(ensemble, logits, labels))
     z, fixed = ensemble.calibrated(logits), {"count": count, "pool": how.pool, "known": ensemble.known_mask}
@@ -124,7 +124,6 @@ def set_up(
     else:
         _try_on_a_batch(how, fixed, ensemble.temperatures, z, labels)
         ensemble = replace(ensemble, weigh=how.weigh)
-        _check_covered(ensemble.known_mask)
     return _calibrated_pool(ensemble, how, logits, labels)
 
 
@@ -143,22 +142,27 @@ def best_alone(ensemble: Ensemble, logits: Tensor, labels: Tensor) -> Ensemble:
     """
     whole = ensemble.known_mask.all(dim=1).nonzero().flatten()
     if not len(whole):
-        raise ConfigError(
-            "no teacher knows all classes, so none can be the best one",
-            "a teacher alone must know all classes",
-            "add one that does, such as one trained on this data, or leave best-teacher out of --controls",
-        )
+        raise _no_best()
     best = whole[int(best_weights(ensemble.calibrated(logits)[whole], labels).argmax())]
     weights = torch.zeros_like(ensemble.weights)
     weights[best] = 1
     return replace(ensemble, weights=weights, weigh=None, after=1.0)
 
 
-def _check_known(ensemble: Ensemble, how: Combination) -> None:
-    known = ensemble.known
-    if known is None:
+def check_known(labels: Sequence[str], known: Tensor, how: Combination, best: bool = False) -> None:
+    """Refuse teachers that know some classes only, where they cannot be combined as they should be.
+
+    Args:
+        labels: the teachers' names.
+        known: which classes each knows (K, C).
+        best: whether the best teacher alone is wanted too.
+
+    Raises:
+        ConfigError: says why.
+    """
+    partial = [label for label, mask in zip(labels, known, strict=True) if not bool(mask.all())]
+    if not partial:
         return
-    partial = [t.label for t, mask in zip(ensemble.teachers, known, strict=True) if not bool(mask.all())]
     if how.pool == "logit":
         raise ConfigError(
             f"pool: the logits of {', '.join(partial)} cannot be pooled",
@@ -172,6 +176,9 @@ def _check_known(ensemble: Ensemble, how: Combination) -> None:
             "they know some of the classes only, and would be judged on all",
             f"say --combine {', '.join(others)} or {last}",
         )
+    if best and len(partial) == len(labels):
+        raise _no_best()
+    _check_covered(known if how.weigh is not given_weights else known[torch.tensor(how.given) > 0])
 
 
 def _check_covered(known: Tensor) -> None:
@@ -189,6 +196,14 @@ def _check_covered(known: Tensor) -> None:
             "nothing tells how likely one group is against the other",
             "add a teacher that knows classes of both, such as one trained on this data",
         )
+
+
+def _no_best() -> ConfigError:
+    return ConfigError(
+        "no teacher knows all classes, so none can be the best one",
+        "a teacher alone must know all classes",
+        "add one that does, such as one trained on this data, or leave best-teacher out of --controls",
+    )
 
 
 def _fit_scales(ensemble: Ensemble, logits: Tensor, labels: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from ensemble_kd.fit import Recipe, train_on_labels
 from ensemble_kd.fresh import is_file, new_classifier, own_classifier, say_conversion
 from ensemble_kd.models import ModelName, choose_form, choose_size, parse
 from ensemble_kd.teachers import library
-from ensemble_kd.teachers.class_map import MapFile, map_classes, read_map
+from ensemble_kd.teachers.class_map import ClassMap, MapFile, map_classes, read_map
 from ensemble_kd.teachers.ensemble import Teacher
 
 
@@ -99,32 +99,35 @@ def check_teacher(
     offline: bool,
     class_map: Path | None = None,
     features: bool = False,
-) -> None:
+) -> ClassMap | None:
     """Refuse what `load_teacher` would refuse, without training or fetching anything.
 
     With `features` also a network that has no penultimate features.
+
+    Returns:
+        The map of its classes, as far as it can be told without fetching it.
 
     Raises:
         ModelError, WeightsError, ConfigError: see `load_teacher`.
     """
     _check_own(name)
+    known, mapping = None, None
     if class_map is not None or _is_trained(name):
         file = read_map(class_map) if class_map else None
-        known = _check_classes(name, data, file, size, stem, offline)
+        known, mapping = _check_classes(name, data, file, size, stem, offline)
     elif pretrained.is_wanted(name):
         pretrained.check(name, offline)
-        known = None
     else:
         form = choose_form(name, data.image_size, stem)
         classes, channels = len(data.classes), data.channels
         choose_size(
             name, num_classes=classes, channels=channels, image_size=data.image_size, form=form, wanted=size
         )
-        known = None
         if features:
             known = new_classifier(name, data, size=size, stem=stem, sketch=True, scratch=True)
     if features and known is not None:
         head_of(known, name.label)
+    return mapping
 
 
 def _check_published(name: ModelName) -> None:
@@ -146,8 +149,8 @@ def _other_names(name: ModelName, own: Sequence[str], names: Sequence[str]) -> M
 
 def _check_classes(
     name: ModelName, data: Dataset, file: MapFile | None, size: int | None, stem: str, offline: bool
-) -> Classifier | None:
-    """Its classes, or the map of them; the network itself, where it need not be fetched."""
+) -> tuple[Classifier | None, ClassMap | None]:
+    """The network, where it need not be fetched, and the map of its classes, where they are known."""
     names, known = file.teacher_classes if file else None, None
     if _is_trained(name):
         known = own_classifier(name, data, names, size=size, stem=stem, offline=offline, sketch=True)
@@ -158,9 +161,9 @@ def _check_classes(
         own = pretrained.published_classes(name) or names
     if own is not None and names is not None and own != names:
         raise _other_names(name, own, names)
-    if own is not None:  # a network on the hub says its classes when it is fetched
-        map_classes(own, data.classes, file, name.label, data.name)
-    return known
+    if own is None:  # a network on the hub says its classes when it is fetched
+        return known, None
+    return known, map_classes(own, data.classes, file, name.label, data.name)
 
 
 def _check_own(name: ModelName) -> None:

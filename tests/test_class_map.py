@@ -30,12 +30,11 @@ from ensemble_kd.cli import app
 from ensemble_kd.data import load_data
 from ensemble_kd.data.dataset import Dataset, Images
 from ensemble_kd.distillation import distill, resume
-from ensemble_kd.errors import ConfigError, EkdError, ModelError, WeightsError
+from ensemble_kd.errors import ConfigError, ModelError, WeightsError
 from ensemble_kd.fresh import new_classifier
 from ensemble_kd.imagenet import aliases, class_names
-from ensemble_kd.metrics import measure
+from ensemble_kd.metrics import within
 from ensemble_kd.models import parse
-from ensemble_kd.results import among
 from ensemble_kd.runs import Run
 from ensemble_kd.students import STUDENTS
 from ensemble_kd.tables import metrics_table
@@ -303,10 +302,24 @@ def test_a_class_named_as_a_number_and_as_text_stands_there_twice(tmp_path):
         read_map(write(tmp_path, "1: a\n'1': b"))
 
 
-@pytest.mark.parametrize("listed", ["cats", "2.5", "-2", "true", "{a: b}", "[a, [b]]"])
-def test_teacher_classes_are_a_list_or_a_number(tmp_path, listed):
+@pytest.mark.parametrize(
+    ("listed", "value"),
+    [("cats", "'cats'"), ("2.5", "2.5"), ("true", "True"), ("null", "None"), ("{a: b}", "{'a': 'b'}")],
+)
+def test_teacher_classes_are_a_list_or_a_number(tmp_path, listed, value):
+    path = write(tmp_path, f"teacher_classes: {listed}\nmap: {{cat: a, dog: c}}")
+    with refused(
+        ConfigError,
+        f"{path}: teacher_classes is {value}",
+        "it should be the list of the teacher's classes in order, or how many there are",
+        "say teacher_classes: [first, second, third]",
+    ):
+        read_map(path)
+
+
+def test_teacher_classes_are_names(tmp_path):
     with pytest.raises(ConfigError, match="teacher_classes"):
-        read_map(write(tmp_path, f"teacher_classes: {listed}\nmap: {{cat: a, dog: c}}"))
+        read_map(write(tmp_path, "teacher_classes: [a, [b]]\nmap: {cat: a, dog: b}"))
 
 
 @pytest.mark.parametrize("content", [b"\x80\x02}q\x00.\xff", b"[a]: b", b"? {a: b}\n: c"])
@@ -718,22 +731,50 @@ def test_two_maps_of_one_network_share_no_stored_logits(tmp_path, photo_data, hu
     torch.testing.assert_close(first[:, [1, 0, 2]], second)
 
 
-@pytest.mark.parametrize("listed", ["5", "2000", "[a, b, c]"])
-def test_teacher_classes_of_another_number_than_the_outputs_are_refused(tmp_path, photo_data, put_tv, listed):
+TEN = f"{', '.join(class_names(1000)[:10])} … and 990 more"
+
+
+@pytest.mark.parametrize(
+    ("listed", "count", "names"),
+    [
+        ("5", 5, "0, 1, 2, 3, 4"),
+        ("2000", 2000, "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 … and 1990 more"),
+        ("[a, b, c]", 3, "a, b, c"),
+        ("-2", 0, ""),
+        ("[]", 0, ""),
+    ],
+)
+def test_published_weights_under_other_names_than_their_own_are_refused(
+    tmp_path, photos, photo_data, put_tv, no_training, listed, count, names
+):
     """Names for five of a thousand outputs would give the teacher's probabilities to wrong classes."""
     put_tv("squeezenet1_1")
-    last = {"5": 4, "2000": 1999, "[a, b, c]": "c"}[listed]
-    path = write(tmp_path, f"teacher_classes: {listed}\nmap: {{cat: 0, dog: {last}}}")
-    with pytest.raises(EkdError):
+    path = write(tmp_path, f"teacher_classes: {listed}\nmap: {{cat: 0, dog: 2}}")
+    problem = (
+        f"'tv:squeezenet1_1' has 1000 classes, and its class map names {count} teacher_classes",
+        f"its classes: {TEN}; in the map: {names}",
+        "leave teacher_classes out: its weights name their classes",
+    )
+    with refused(ModelError, *problem):
         load_teacher(SQUEEZENET, photo_data, class_map=path, size=64)
+    with refused(ModelError, *problem):
+        distill(
+            [SQUEEZENET], data=f"imagefolder:{photos}", class_map={SQUEEZENET: path}, out=tmp_path / "run"
+        )
+    assert not (tmp_path / "run").exists()
 
 
-def test_teacher_classes_name_the_outputs_of_published_weights(tmp_path, photo_data, put_tv):
-    net, _ = put_tv("squeezenet1_1")
-    path = write(tmp_path, "teacher_classes: 1000\nmap: {cat: [281, 282], dog: 207, emu: 9}")
-    teacher = load_teacher(SQUEEZENET, photo_data, class_map=path, size=64)
-    expected = grouped(by_hand(net, photo_data.test, 64), (281, 282), (207,), (9,))
-    np.testing.assert_allclose(teacher.all_logits(photo_data.test), expected, atol=1e-4)
+def test_a_run_under_other_names_than_its_own_is_refused(tmp_path, few_digits, part):
+    path = write(tmp_path, "teacher_classes: [one, two, three, seven]\nmap: {'1': one, '2': two}")
+    with refused(
+        ModelError,
+        "'part' has 4 classes, and its class map names 4 teacher_classes",
+        "its classes: seven, three, one, two; in the map: one, two, three, seven",
+        "leave teacher_classes out: its weights name their classes",
+    ):
+        load_teacher(str(part), few_digits, class_map=path)
+    path = write(tmp_path, "teacher_classes: [seven, three, one, two]\nmap: {'1': one, '2': two}")
+    assert load_teacher(str(part), few_digits, class_map=path).class_map.groups[:3] == ((), (2,), (3,))
 
 
 def put_on_hub(folder: Path, name: str, net: nn.Module, **facts) -> None:
@@ -770,11 +811,14 @@ def test_a_network_of_the_hub_brings_the_names_of_its_classes(tmp_path, photo_da
     np.testing.assert_allclose(teacher.all_logits(photo_data.test), expected, atol=1e-4)
     with refused(
         ModelError,
-        "the classes of 'nameless' are not known",
+        "the 4 classes of 'nameless' are not known",
         "its weights do not name them, and they are not those of ImageNet",
-        "name them in the class map: teacher_classes: [...] beside map:",
+        "name them all in the class map, in order: teacher_classes: [...] beside map:",
     ):
         load_teacher("hf-hub:me/nameless", photo_data, class_map=path)
+    few = write(tmp_path, "teacher_classes: [ox, c, d]\nmap: {cat: c, dog: d}")
+    with pytest.raises(ModelError, match="the 4 classes of 'nameless' are not known"):
+        load_teacher("hf-hub:me/nameless", photo_data, class_map=few)
     named = write(tmp_path, "teacher_classes: [ox, hen, c, d]\nmap: {cat: c, dog: d, emu: [hen, ox]}")
     teacher = load_teacher("hf-hub:me/nameless", photo_data, class_map=named)
     np.testing.assert_allclose(teacher.all_logits(photo_data.test), expected, atol=1e-4)
@@ -790,9 +834,22 @@ def test_weights_that_cannot_be_had_are_refused(tmp_path, photo_data, checkpoint
             "run once without --offline, or leave the weights out and it is trained from scratch",
         ):
             load_teacher(name, photo_data, class_map=path, offline=True)
-    with pytest.raises(ModelError) as caught:
-        load_teacher("lenet", photo_data, class_map=path)
-    assert caught.value.problems[0].what == "'lenet' has no published weights"
+
+
+def test_a_network_that_would_be_trained_has_nothing_to_map(tmp_path, photos, no_training):
+    with refused(
+        ModelError,
+        "'lenet' has no published weights, so it has no classes of its own to map",
+        "it would be trained on this data, with the classes of this data",
+        "leave lenet out of --class-map",
+    ):
+        distill(
+            ["lenet"],
+            data=f"imagefolder:{photos}",
+            class_map={"lenet": write(tmp_path, PHOTO_MAP)},
+            out=tmp_path / "run",
+        )
+    assert not (tmp_path / "run").exists()
 
 
 # --- Never a random head without a word ------------------------------------------------------------
@@ -1122,14 +1179,13 @@ def test_partial_teachers_are_calibrated_on_what_they_know(tmp_path, digits, par
     assert np.isfinite(combination["validation"]["nll"]["ensemble"])
 
 
-def test_among_measures_the_samples_and_classes_of_a_part():
+def test_a_part_is_measured_on_its_samples_and_among_its_classes():
     logits = torch.randn(50, 6)
     labels, mask = torch.arange(50) % 6, torch.tensor([True, False, True, True, False, False])
-    row = among(mask, logits, labels)
     rows = [number for number in range(50) if number % 6 in (0, 2, 3)]
-    places = torch.tensor([{0: 0, 2: 1, 3: 2}[number % 6] for number in rows])
-    expected = measure(logits[rows][:, [0, 2, 3]], places)
-    assert row == {"classes": 3, "images": len(rows), **expected}
+    own, places = within(mask, logits, labels)
+    assert own.equal(logits[rows][:, [0, 2, 3]])
+    assert places.tolist() == [{0: 0, 2: 1, 3: 2}[number % 6] for number in rows]
 
 
 # --- Distilling with published weights -------------------------------------------------------------
@@ -1264,11 +1320,11 @@ def test_every_map_that_is_wrong_is_told_at_once(tmp_path, part, words, no_train
         distill(
             [str(part), str(words)], "lenet", class_map=maps, unlabelled=tmp_path / "x", out=tmp_path / "run"
         )
-    assert [problem.what for problem in caught.value.problems] == [
+    assert {problem.what for problem in caught.value.problems} == {
         f"{maps['part']}: there is no class 'ene'",
         f"cannot read {maps['words']}",
         f"no image folder at {tmp_path / 'x'}",
-    ]
+    }
     assert not (tmp_path / "run").exists()
 
 
@@ -1320,7 +1376,7 @@ COMBINED = {
         (
             "no teacher knows all classes, so none can be the best one",
             "a teacher alone must know all classes",
-            "leave that control or combiner out: --controls labels",
+            "add one that does, such as one trained on this data, or leave best-teacher out of --controls",
         ),
     ),
 }
@@ -1391,20 +1447,25 @@ def test_an_object_of_other_classes_is_refused_with_both_lists(tmp_path, part):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_map_for_an_object_is_used_or_refused(tmp_path, words, words_map):
-    """But not passed over, with the advice to give what was given."""
+def test_a_map_for_an_object_is_refused_not_passed_over(tmp_path, words, words_map, no_training):
     mine = Teacher.of("mine", ensemble_kd.load_student(words), "here")
-    try:
-        run = distill([mine], "lenet", class_map={"mine": words_map}, out=tmp_path / "run", **QUICK)
-        told, right = "", run.metrics["models"]["mine"]["accuracy"]["value"] > 0.9
-    except EkdError as error:
-        told, right = str(error), True
-    assert right
-    assert "--class-map mine=" not in told
+    with refused(
+        ConfigError,
+        "class_map: mine was given as an object",
+        "it has its size and its classes already",
+        "leave it out, and give them to load_teacher",
+    ):
+        distill([mine], "lenet", class_map={"mine": words_map}, out=tmp_path / "run", **QUICK)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_map_of_other_data_is_refused(few_digits, photo_data, words, words_map):
     teacher = load_teacher(str(words), few_digits, class_map=words_map)
     assert teacher.for_data(few_digits) is teacher
-    with pytest.raises(ModelError):
+    with refused(
+        ModelError,
+        f"the class map of 'words' has 10 classes, and {photo_data.name} has 3",
+        "it has one group of the teacher's classes for each class of the data",
+        "make it with class_map.map_classes for this data",
+    ):
         teacher.for_data(photo_data)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +69,7 @@ def case(request: pytest.FixtureRequest, few_digits: Dataset) -> tuple[str, Clas
 def test_features_are_what_the_last_layer_is_given(case, few_digits):
     name, classifier = case
     _, width, head, up_to_the_head = NETWORKS[name]
-    assert head_of(classifier.net, name) is classifier.net.get_submodule(head)
+    assert head_of(classifier, name) is classifier.net.get_submodule(head)
     images = few_digits.val[torch.arange(12)]
     with FeatureTap(classifier, name) as tap:
         logits, features = predict_with_features(classifier, images, tap)
@@ -124,7 +123,7 @@ def test_tokens_and_positions_are_averaged(few_digits):
         with FeatureTap(classifier, "x") as tap, torch.no_grad():
             logits = classifier(few_digits.val.pixels[:6])
             features = tap.take()
-        head = head_of(net, "x")
+        head = head_of(classifier, "x")
         shaped = features[:, :, None, None] if isinstance(head, nn.Conv2d) else features
         assert features.ndim == 2
         torch.testing.assert_close(head(shaped).flatten(1), logits)
@@ -174,14 +173,46 @@ class Unused(Product):
         self.layer = nn.Linear(3, 3)
 
 
-def test_a_network_without_a_layer_is_refused():
-    with refused(ModelError, NO_FEATURES, "it has no linear or convolutional layer", OTHERWISE):
-        feature_width(wrapped(Product()), "x")
+class Renamed(Unused):
+    """Calls a layer its classifier, as timm's networks do, and leaves it out."""
+
+    def get_classifier(self) -> nn.Module:
+        return self.layer
 
 
-def test_a_last_layer_that_is_not_run_is_refused():
-    with refused(ModelError, NO_FEATURES, "its last layer was not part of the forward pass", OTHERWISE):
-        feature_width(wrapped(Unused()), "x")
+class Backwards(nn.Module):
+    """With its head before what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(5, 10)
+        self.body = nn.Linear(64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x.flatten(1)).relu())
+
+
+@pytest.mark.parametrize(
+    ("net", "why"),
+    [
+        (Product, "it has no linear or convolutional layer"),
+        (Unused, "it has no linear or convolutional layer"),
+        (Renamed, "its last layer was not part of the forward pass"),
+    ],
+)
+def test_a_network_without_a_layer_that_runs_is_refused_and_keeps_its_mode(net, why):
+    classifier = wrapped(net()).train()
+    with refused(ModelError, NO_FEATURES, why, OTHERWISE):
+        feature_width(classifier, "x")
+    assert all(module.training for module in classifier.modules())
+    assert hooks(classifier) == 0
+
+
+def test_the_head_is_the_layer_that_runs_last_not_the_one_named_last():
+    classifier = wrapped(Backwards())
+    assert head_of(classifier, "x") is classifier.net.head
+    assert feature_width(classifier, "x") == 5
+    assert hooks(classifier) == 0
 
 
 def test_features_are_taken_once(few_digits):
@@ -564,16 +595,3 @@ def test_networks_without_features_are_refused_before_anything_is_trained_or_wri
 def test_networks_without_features_teach_without_them(tmp_path, modules):
     result = distill([f"{modules}:product@own"], "lenet", controls="none", out=tmp_path / "run", **QUICK)
     assert "product" in result.metrics["models"]
-
-
-def test_a_network_that_is_refused_keeps_its_mode(few_digits):
-    classifier = wrapped(Product()).train()
-    with pytest.raises(ModelError):
-        feature_width(classifier, "x")
-    assert classifier.training
-    card = replace(CARD, classes=few_digits.classes)
-    classifier = Classifier(Unused(), card).train()
-    with pytest.raises(ModelError):
-        feature_width(classifier, "x")
-    assert classifier.training
-    assert hooks(classifier) == 0

@@ -571,7 +571,7 @@ def test_a_function_that_wants_labels_is_refused(tmp_path, extra, no_training):
 
     with refused(
         ConfigError,
-        "combine: mine needs the label of every training image",
+        "combine: python:mine needs the label of every training image",
         "the unlabelled ones have none",
         "choose one of mean, fixed, learned, greedy, entropy, agree, drop, best",
     ):

@@ -113,7 +113,7 @@ def test_the_combiners_name_these_inputs() -> None:
         "fixed": {"given"},
         "learned": {"val_logits", "val_labels", "pool"},
         "greedy": {"val_logits", "val_labels", "pool"},
-        "entropy": {"logits"},
+        "entropy": {"logits", "known"},
         "confidence": {"logits", "labels"},
         "agree": {"logits", "student_logits", "temperatures"},
         "drop": {"logits", "student_logits", "temperatures", "draws"},
