@@ -1,10 +1,11 @@
 """Every combiner and the baselines, with three unlike teachers and a bad one, over several seeds.
 
-    python benchmarks/combiners.py DATA --seeds 0,1,2 [--teachers A,B,C] OPTION=VALUE ...
+    python benchmarks/combiners.py NAME --seeds 0,1,2 [--teachers A,B,C] OPTION=VALUE ...
+    python benchmarks/combiners.py NAME --show
 
 OPTION=VALUE are options of `ekd distill`. The bad teacher is a LeNet that saw 200 images; all teachers
 are the same for all seeds. Each seed trains one student a combiner and the control on labels, from the
-same first weights. Prints one table and writes benchmarks/results/combiners-NAME.json with the machine,
+same first weights. Prints three tables and writes benchmarks/results/combiners-NAME.json with the machine,
 the commit and the command.
 """
 
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import RESULTS, commit_now, points, spread_cell, surroundings, t_interval
+from common import RESULTS, commit_now, spread_cell, surroundings, t_interval
 
 from ensemble_kd import files
 from ensemble_kd.console import log_to_stderr
@@ -37,8 +38,13 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--teachers", default="resnet8,cifar-quick,mobilenetv3_small_050")
+    parser.add_argument("--show", action="store_true", help="print the tables of an earlier run")
     parser.add_argument("options", nargs="*")
     arguments = parser.parse_intermixed_args()
+    path = RESULTS / f"combiners-{arguments.name}.json"
+    if arguments.show:
+        print(tables(files.read_json(path), arguments.name))
+        return
     log_to_stderr()
     started, commit = time.perf_counter(), commit_now()
     teachers = [*arguments.teachers.split(","), str(bad_teacher(arguments))]
@@ -51,11 +57,11 @@ def main() -> None:
             if name == "mean":
                 runs["labels"].append(metrics["models"]["labels"])
                 judges = {k: v for k, v in metrics["models"].items() if v["role"] in ("teacher", "ensemble")}
-    summary = {"students": summarise(runs), "judges": judges}
-    print(table(summary, arguments, metrics["n"], len(seeds)))
     seconds = time.perf_counter() - started
-    facts = {"data": metrics["data"], "n": metrics["n"], "seeds": seeds, "seconds": seconds}
-    files.write_json(RESULTS / f"combiners-{arguments.name}.json", summary | facts | surroundings(commit))
+    summary = {"students": summarise(runs), "judges": judges, "seeds": seeds, "seconds": seconds}
+    summary |= {"data": metrics["data"], "n": metrics["n"]}
+    print(tables(summary, arguments.name))
+    files.write_json(path, summary | surroundings(commit))
 
 
 def bad_teacher(arguments: argparse.Namespace) -> Path:
@@ -83,7 +89,7 @@ def one(name: str, seed: int, teachers: list[str], arguments: argparse.Namespace
 
 
 def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Mean and sd over seeds of each measure; accuracy against labels and against the mean, seed by seed."""
+    """Each measure of each student over the seeds, with mean and sd."""
     rows = {}
     for name, models in runs.items():
         values = {column: [model[column]["value"] for model in models] for column in COLUMNS}
@@ -91,29 +97,47 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             column: dict(zip(("mean", "sd"), mean_and_spread(v), strict=True), values=v)
             for column, v in values.items()
         }
-        for other in ("labels", "mean"):
-            theirs = [model["accuracy"]["value"] for model in runs[other]]
-            rows[name][f"over_{other}"] = t_interval(np.subtract(values["accuracy"], theirs))
     return rows
 
 
-def table(summary: dict[str, Any], arguments: argparse.Namespace, images: int, seeds: int) -> str:
-    """One row a student, then the teachers."""
-    rows = []
-    for name, row in summary["students"].items():
-        cells = [spread_cell(row[column], scale) for column, scale in COLUMNS.items()]
-        gains = ["" if name == other else points(row[f"over_{other}"]) for other in ("labels", "mean")]
-        rows.append([name, *cells, *gains])
-    for name, row in summary["judges"].items():
-        label = name if row["role"] == "ensemble" else f"teacher {name}"
-        cells = [
-            f"{100 * row[c]['value']:.2f} %" if scale == 100 else f"{row[c]['value']:.4f}"
-            for c, scale in COLUMNS.items()
+def tables(summary: dict[str, Any], name: str) -> str:
+    """The measures, then each student's paired differences to labels alone and to equal weights."""
+    students, seeds = summary["students"], len(summary["seeds"])
+    rows = [
+        [name, *(spread_cell(row[column], scale) for column, scale in COLUMNS.items())]
+        for name, row in students.items()
+    ]
+    for judge, row in summary["judges"].items():
+        label = judge if row["role"] == "ensemble" else f"teacher {judge}"
+        rows.append(
+            [
+                label,
+                *(
+                    f"{100 * row[c]['value']:.2f} %" if scale == 100 else f"{row[c]['value']:.4f}"
+                    for c, scale in COLUMNS.items()
+                ),
+            ]
+        )
+    headers = ["", "accuracy", "NLL", "ECE", "agreement"]
+    title = f"{name}, test split, {summary['n']:,} images, {seeds} seeds: mean ± sd"
+    parts = [text_table(headers, rows, title)]
+    for other, words in (("labels", "labels alone"), ("mean", "equal weights")):
+        rows = [
+            [name, *(difference(row[c], students[other][c], scale) for c, scale in COLUMNS.items())]
+            for name, row in students.items()
+            if name != other
         ]
-        rows.append([label, *cells, "", ""])
-    headers = ["", "accuracy", "NLL", "ECE", "agreement", "points over labels", "points over mean"]
-    title = f"{arguments.name}, test split, {images:,} images, {seeds} seeds: mean ± sd, 95 % t intervals"
-    return text_table(headers, rows, title)
+        headers = ["", "points of accuracy", "NLL", "ECE", "points of agreement"]
+        parts.append(text_table(headers, rows, f"minus {words}, paired by seed, with 95 % t intervals"))
+    return "\n\n".join(parts)
+
+
+def difference(first: dict[str, Any], second: dict[str, Any], scale: float) -> str:
+    """Mean of the differences seed by seed, with its interval."""
+    measured = t_interval(scale * np.subtract(first["values"], second["values"]))
+    digits = 2 if scale == 100 else 4
+    mean, low, high = (f"{measured[key]:+.{digits}f}" for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
 
 
 if __name__ == "__main__":

@@ -44,9 +44,3 @@ def spread_cell(value: dict[str, Any], scale: float) -> str:
     """`mean ± sd`; shares (scale 100) in per cent."""
     digits, unit = (2, " %") if scale == 100 else (4, "")
     return f"{abs(scale * value['mean']):.{digits}f} ± {scale * value['sd']:.{digits}f}{unit}"
-
-
-def points(interval: dict[str, float]) -> str:
-    """A difference of shares in points, with its interval."""
-    low, mean, high = (100 * interval[key] for key in ("low", "mean", "high"))
-    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"

@@ -39,7 +39,7 @@ from ensemble_kd.runs import Run
 from ensemble_kd.students import STUDENTS
 from ensemble_kd.tables import metrics_table
 from ensemble_kd.teachers import registry
-from ensemble_kd.teachers.class_map import NO_VOTE, ClassMap, MapFile, map_classes, read_map
+from ensemble_kd.teachers.class_map import NO_VOTE, ClassMap, map_classes, read_map
 from ensemble_kd.teachers.ensemble import Teacher
 from ensemble_kd.teachers.registry import load_teacher
 from ensemble_kd.weights import save_classifier
@@ -185,7 +185,7 @@ def test_the_discarded_mass_of_extreme_logits_is_none_or_all():
         ("cat: [tabby, 282]\ndog: 207", {"cat": ["tabby", "282"], "dog": ["207"]}, None),
         ("cat:\n  - tabby\n  - tiger cat", {"cat": ["tabby", "tiger cat"]}, None),
         ("cat: tabby, tabby cat", {"cat": ["tabby, tabby cat"]}, None),
-        ("cat: null\ndog:\nemu: []", {"cat": [], "dog": [], "emu": []}, None),
+        ("cat: null\ndog:\nemu: []\nfox: ~", {"cat": [], "dog": [], "emu": [], "fox": []}, None),
         ("1: one\n2: [2, two]", {"1": ["one"], "2": ["2", "two"]}, None),
         ("cat: 'yes'\ndog: \"no\"\nemu: 'on'", {"cat": ["yes"], "dog": ["no"], "emu": ["on"]}, None),
         ("map: tabby", {"map": ["tabby"]}, None),
@@ -200,16 +200,26 @@ def test_a_file_says_classes_by_the_teachers(tmp_path, text, groups, teacher_cla
 
 
 @pytest.mark.parametrize(
+    "written", ["yes", "no", "on", "off", "true", "False", "010", "0x1F", "1e3", "1.50", "2020-01-31", "1_0"]
+)
+def test_names_are_read_as_they_are_written(tmp_path, written):
+    """YAML would take them for truth values, numbers and dates: 010 is eight, and no is false."""
+    assert read_map(write(tmp_path, f"cat: {written}")).groups == {"cat": [written]}
+    assert read_map(write(tmp_path, f"cat: [a, {written}]")).groups == {"cat": ["a", written]}
+    assert read_map(write(tmp_path, f"{written}: a")).groups == {written: ["a"]}
+    text = f"teacher_classes: [{written}, a]\nmap: {{cat: {written}}}"
+    assert read_map(write(tmp_path, text)).teacher_classes == (written, "a")
+
+
+@pytest.mark.parametrize(
     ("text", "name", "value"),
     [
-        ("cat: 1.5", "cat", "1.5"),
         ("cat: {a: b}", "cat", "{'a': 'b'}"),
         ("cat: [[tabby]]", "cat", "[['tabby']]"),
-        ("cat: [tabby, null]", "cat", "['tabby', None]"),
-        ("dog: a\ncat: 2020-01-31", "cat", "datetime.date(2020, 1, 31)"),
+        ("dog: a\ncat: [b, {c: d}]", "cat", "['b', {'c': 'd'}]"),
         ("map: {cat: tabby}", "map", "{'cat': 'tabby'}"),
-        ("teacher_classes: 3\nmap: {cat: 1}\nmore: 2", "map", "{'cat': 1}"),
-        ("teacher_classes: 3\nmap: {cat: [0.5]}", "cat", "[0.5]"),
+        ("teacher_classes: 3\nmap: {cat: 1}\nmore: 2", "map", "{'cat': '1'}"),
+        ("teacher_classes: 3\nmap: {cat: [[1]]}", "cat", "[['1']]"),
     ],
 )
 def test_a_value_that_is_no_class_is_refused(tmp_path, text, name, value):
@@ -218,93 +228,72 @@ def test_a_value_that_is_no_class_is_refused(tmp_path, text, name, value):
         ConfigError,
         f"{path}: {name!r} has {value}",
         "a class of the data takes the teacher's class, or a list of them",
-        f"say {name}: [first class, second class]; quote yes, no, on and off",
+        f"say {name}: [first class, second class]",
     ):
         read_map(path)
 
 
-@pytest.mark.parametrize("text", ["cat: a\ncat: b", "teacher_classes: 2\nmap:\n  cat: a\n  cat: b"])
-def test_a_class_that_stands_there_twice_is_refused(tmp_path, text):
+UNREADABLE = [
+    ("cat: a\ncat: b", ", line 1", "the key 'cat' stands there twice"),
+    ("1: a\n'1': b", ", line 1", "the key '1' stands there twice"),
+    ("teacher_classes: 2\nmap:\n  cat: a\n  cat: b", ", line 3", "the key 'cat' stands there twice"),
+    ("[a]: b", ", line 1", "['a'] is no key"),
+    ("? {a: b}\n: c", ", line 1", "{'a': 'b'} is no key"),
+    ("cat: [a", ", line 1", "expected ',' or ']', but got '<stream end>'"),
+]
+
+
+@pytest.mark.parametrize(("text", "where", "why"), UNREADABLE)
+def test_a_file_that_cannot_be_read_is_refused_with_the_line(tmp_path, text, where, why):
     path = write(tmp_path, text)
-    line = 1 if text.startswith("cat") else 3
-    with refused(
-        ConfigError, f"cannot read {path}, line {line}", "the key 'cat' stands there twice", "mend that line"
-    ):
+    with refused(ConfigError, f"cannot read {path}{where}", why, "mend that line"):
         read_map(path)
 
 
-@pytest.mark.parametrize(
-    ("text", "what", "why", "fix"),
-    [
-        ("cat: [a", "cannot read {path}, line 1", "expected ',' or ']', but got '<stream end>'", "mend that line"),
-        ("cat: !!python/name:os.system ''", "cannot read {path}, line 1",
-         "could not determine a constructor for the tag 'tag:yaml.org,2002:python/name:os.system'",
-         "mend that line"),
-        ("- cat", "{path} holds no table", "it should be a table of key: value lines",
-         "write such lines, or check the path of --class-map"),
-        ("", "{path} holds no table", "it should be a table of key: value lines",
-         "write such lines, or check the path of --class-map"),
-    ],
-)  # fmt: skip
-def test_a_file_that_is_no_table_is_refused(tmp_path, text, what, why, fix):
+@pytest.mark.parametrize("text", ["- cat", "", "cat"])
+def test_a_file_that_is_no_table_is_refused(tmp_path, text):
     path = write(tmp_path, text)
-    with refused(ConfigError, what.format(path=path), why, fix):
-        read_map(path)
-
-
-def test_a_file_that_is_not_there_is_refused(tmp_path):
-    path = tmp_path / "none.yaml"
     with refused(
-        ConfigError, f"cannot read {path}", "No such file or directory", "check the path of --class-map"
+        ConfigError,
+        f"{path} holds no table",
+        "it should be a table of key: value lines",
+        "write such lines, or check the path of --class-map",
     ):
         read_map(path)
 
 
-def read_or_fix(path: Path) -> MapFile | str:
-    """What is read, or what to do about it."""
-    try:
-        return read_map(path)
-    except ConfigError as error:
-        return error.problems[0].fix
+def test_a_file_that_is_not_there_or_no_text_is_refused(tmp_path):
+    fix = "check the path of --class-map"
+    with refused(ConfigError, f"cannot read {tmp_path}/none.yaml", "No such file or directory", fix):
+        read_map(tmp_path / "none.yaml")
+    path = tmp_path / "weights.pth"  # the weights themselves, in the map's place
+    torch.save({"x": torch.zeros(3)}, path)
+    with refused(ConfigError, f"cannot read {path}", "it is no text", fix):
+        read_map(path)
 
 
-@pytest.mark.parametrize(
-    ("text", "written"),
-    [
-        ("cat: yes", "yes"),
-        ("cat: no", "no"),
-        ("cat: [on]", "on"),
-        ("cat: [off]", "off"),
-        ("cat: true", "true"),
-        ("cat: false", "false"),
-        ("cat: 010", "010"),
-    ],
-)
-def test_what_yaml_takes_for_something_else_is_never_another_class(tmp_path, text, written):
-    """Bare yes and no are truth values in YAML, and 010 is eight: either told, or read as it is written."""
-    read = read_or_fix(write(tmp_path, text))
-    assert "quote" in read if isinstance(read, str) else read.groups == {"cat": [written]}
-
-
-@pytest.mark.parametrize(("text", "written"), [("no: a", "no"), ("on: a", "on"), ("010: a", "010")])
-def test_what_yaml_takes_for_something_else_is_never_another_class_of_the_data(tmp_path, text, written):
-    read = read_or_fix(write(tmp_path, text))
-    assert "quote" in read if isinstance(read, str) else read.groups == {written: ["a"]}
-
-
-def test_what_yaml_takes_for_something_else_is_never_another_of_the_listed_classes(tmp_path):
-    read = read_or_fix(write(tmp_path, "teacher_classes: [yes, no]\nmap: {cat: a, dog: b}"))
-    assert "quote" in read if isinstance(read, str) else read.teacher_classes == ("yes", "no")
-
-
-def test_a_class_named_as_a_number_and_as_text_stands_there_twice(tmp_path):
-    with pytest.raises(ConfigError, match="twice"):
-        read_map(write(tmp_path, "1: a\n'1': b"))
+def test_a_tag_in_a_file_runs_nothing(tmp_path):
+    target = tmp_path / "made"
+    path = write(
+        tmp_path, f"cat: !!python/object/apply:os.mkdir ['{target}']\ndog: !!python/name:os.system ''"
+    )
+    assert read_map(path).groups == {"cat": [str(target)], "dog": []}
+    assert not target.exists()
 
 
 @pytest.mark.parametrize(
     ("listed", "value"),
-    [("cats", "'cats'"), ("2.5", "2.5"), ("true", "True"), ("null", "None"), ("{a: b}", "{'a': 'b'}")],
+    [
+        ("cats", "'cats'"),
+        ("2.5", "'2.5'"),
+        ("-2", "'-2'"),
+        ("²", "'²'"),
+        ("true", "'true'"),
+        ("null", "'null'"),
+        ("", "''"),
+        ("{a: b}", "{'a': 'b'}"),
+        ("[a, [b]]", "['a', ['b']]"),
+    ],
 )
 def test_teacher_classes_are_a_list_or_a_number(tmp_path, listed, value):
     path = write(tmp_path, f"teacher_classes: {listed}\nmap: {{cat: a, dog: c}}")
@@ -314,20 +303,6 @@ def test_teacher_classes_are_a_list_or_a_number(tmp_path, listed, value):
         "it should be the list of the teacher's classes in order, or how many there are",
         "say teacher_classes: [first, second, third]",
     ):
-        read_map(path)
-
-
-def test_teacher_classes_are_names(tmp_path):
-    with pytest.raises(ConfigError, match="teacher_classes"):
-        read_map(write(tmp_path, "teacher_classes: [a, [b]]\nmap: {cat: a, dog: b}"))
-
-
-@pytest.mark.parametrize("content", [b"\x80\x02}q\x00.\xff", b"[a]: b", b"? {a: b}\n: c"])
-def test_a_file_of_another_kind_is_refused_as_any_error(tmp_path, content):
-    """Such as the weights themselves, named in the map's place."""
-    path = tmp_path / "map.yaml"
-    path.write_bytes(content)
-    with pytest.raises(ConfigError):
         read_map(path)
 
 
@@ -740,7 +715,7 @@ TEN = f"{', '.join(class_names(1000)[:10])} … and 990 more"
         ("5", 5, "0, 1, 2, 3, 4"),
         ("2000", 2000, "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 … and 1990 more"),
         ("[a, b, c]", 3, "a, b, c"),
-        ("-2", 0, ""),
+        ("0", 0, ""),
         ("[]", 0, ""),
     ],
 )
@@ -1392,17 +1367,11 @@ def combined(folder: Path, part: Path, part_map: Path, words: Path, case: str) -
 
 
 @pytest.mark.parametrize("case", COMBINED)
-def test_what_a_partial_teacher_cannot_do_is_refused(tmp_path, part, part_map, words, case):
-    with refused(ConfigError, *COMBINED[case][1]):
-        combined(tmp_path, part, part_map, words, case)
-
-
-@pytest.mark.parametrize("case", COMBINED)
 def test_what_a_partial_teacher_cannot_do_is_refused_before_a_folder_is_made(
     tmp_path, part, part_map, words, no_training, case
 ):
     """The maps of teachers that are trained already say what they know."""
-    with pytest.raises(ConfigError):
+    with refused(ConfigError, *COMBINED[case][1]):
         combined(tmp_path, part, part_map, words, case)
     assert not (tmp_path / "run").exists()
 
