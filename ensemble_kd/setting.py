@@ -83,14 +83,14 @@ def prepare(options: DistillOptions, objects: Objects) -> tuple[Setting, list[Mo
     )
     by_text = dict(zip(texts, parsed, strict=True))
     names = [by_text.get(text) for text in options.teachers]
-    unlabelled, start, adapted, _, _, _, *maps = together(
-        partial(load_unlabelled, options.unlabelled, data) if options.unlabelled else lambda: None,
-        partial(_student, options, named_student, student, data),
+    adapted, unlabelled, _, _, _, *maps, start = together(
         partial(adapt, objects.teachers, options, data),
+        partial(load_unlabelled, options.unlabelled, data) if options.unlabelled else lambda: None,
         partial(_check_label_loss, options),
         partial(_check_label_free, options, combination),
         partial(_check_controls, options, names),
         *teacher_checks(options, parsed, data, features=options.feature_weight > 0),
+        partial(_student, options, named_student, student, data),
     )
     _check_known(options, combination, dict(zip(texts, maps, strict=True)), adapted, len(data.classes))
     data = data.to(device)

@@ -84,7 +84,8 @@ def _with_its_own_classes(
         raise _other_names(model, classifier.classes, names)
     mapping = map_classes(classifier.classes, dataset.classes, file, model.label, dataset.name)
     say_conversion(classifier.card.preprocess.channels, dataset, model.label)
-    origin = str(Path(model.weights or model.arch)) if _is_trained(model) else model.canonical
+    published = f"{model.canonical}@{model.weights}" if model.weights else model.canonical
+    origin = str(Path(model.weights or model.arch)) if _is_trained(model) else published
     return Teacher.of(
         model.label, classifier.to(device), origin, storable=model.library != "py", class_map=mapping
     )

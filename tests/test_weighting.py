@@ -119,7 +119,7 @@ def test_the_combiners_name_these_inputs() -> None:
         "drop": {"logits", "student_logits", "temperatures", "draws"},
         "best": {"val_logits", "val_labels"},
     }
-    assert set(ONCE) | set(EACH_BATCH) == set(all_inputs(2))
+    assert set(ONCE) | set(EACH_BATCH) == set(all_inputs(2)) | {"known"}
     assert not set(ONCE) & set(EACH_BATCH)
 
 

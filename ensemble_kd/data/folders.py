@@ -45,8 +45,8 @@ class Folder:
             raise DataError(self.errors)
 
 
-def open_folder(path: Path) -> Path:
-    """The folder itself, or that of an archive's content.
+def open_folder(path: Path, wanted: str = "a folder with one subfolder a class") -> Path:
+    """The folder itself, or that of an archive's content; `wanted` says what a better path would be.
 
     Raises:
         DataError: there is no such folder or archive.
@@ -55,7 +55,7 @@ def open_folder(path: Path) -> Path:
         return _inner(unpacked(path))
     if not path.is_dir():
         why = "it is a file, and no .tar or .zip" if path.exists() else "there is nothing at that path"
-        raise DataError(f"no image folder at {path}", why, "name a folder with one subfolder a class")
+        raise DataError(f"no image folder at {path}", why, f"name {wanted}")
     return path
 
 

@@ -32,7 +32,7 @@ def load_unlabelled(path: Path, data: Dataset) -> Images:
     Raises:
         DataError: with everything that is wrong with the folder.
     """
-    root = open_folder(path.expanduser())
+    root = open_folder(path.expanduser(), "a folder of images")
     found = sorted(file for file in root.rglob("*") if is_image(file, root))
     if not found:
         raise DataError(
