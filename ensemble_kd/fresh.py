@@ -191,6 +191,7 @@ def for_data(classifier: Classifier, data: Dataset, label: str) -> Classifier:
 
 
 def say_conversion(takes: int, data: Dataset, label: str) -> None:
+    """Log that a network which `takes` so many channels sees converted images."""
     if takes != data.channels:
         log.info("%s takes %s: the %s images are converted", label, _colour(takes), _colour(data.channels))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +80,8 @@ def _with_its_own_classes(
     """A teacher that is trained already, whose classes are brought to those of the data."""
     names = file.teacher_classes if file else None
     classifier = own_classifier(model, dataset, names, **options)
-    if names is not None and classifier.classes != names:
-        raise _other_names(model, classifier.classes, names)
-    mapping = map_classes(classifier.classes, dataset.classes, file, model.label, dataset.name)
+    own = _named(model, classifier.classes, names)
+    mapping = map_classes(own, dataset.classes, file, model.label, dataset.name)
     say_conversion(classifier.card.preprocess.channels, dataset, model.label)
     published = f"{model.canonical}@{model.weights}" if model.weights else model.canonical
     origin = str(Path(model.weights or model.arch)) if _is_trained(model) else published
@@ -140,8 +139,13 @@ def _check_published(name: ModelName) -> None:
         )
 
 
-def _other_names(name: ModelName, own: Sequence[str], names: Sequence[str]) -> ModelError:
-    return ModelError(
+def _named(name: ModelName, own: tuple[str, ...], names: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The teacher's classes: as the map lists them, where published weights are told by their number alone."""
+    if names is None or names == own or names == tuple(map(str, range(len(own)))):
+        return own
+    if len(names) == len(own) and not _is_trained(name):
+        return names
+    raise ModelError(
         f"{name.label!r} has {len(own)} classes, and its class map names {len(names)} teacher_classes",
         f"its classes: {listing(own)}; in the map: {listing(names)}",
         "leave teacher_classes out: its weights name their classes",
@@ -160,8 +164,7 @@ def _check_classes(
         _check_published(name)
         pretrained.check(name, offline)
         own = pretrained.published_classes(name) or names
-    if own is not None and names is not None and own != names:
-        raise _other_names(name, own, names)
+    own = own and _named(name, own, names)
     if own is None:  # a network on the hub says its classes when it is fetched
         return known, None
     return known, map_classes(own, data.classes, file, name.label, data.name)

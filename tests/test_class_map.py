@@ -739,6 +739,20 @@ def test_published_weights_under_other_names_than_their_own_are_refused(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("listed", "cat", "output"), [("1000", "goldfish", 1), ([f"c{k}" for k in range(1000)], "c7", 7)]
+)
+def test_as_many_names_as_published_weights_have_are_taken(
+    tmp_path, photo_data, put_tv, no_training, listed, cat, output
+):
+    """A network of a thousand outputs need not be ImageNet's; a number says only how many there are."""
+    put_tv("squeezenet1_1")
+    path = write(tmp_path, yaml.safe_dump({"teacher_classes": listed, "map": {"cat": cat, "dog": "300"}}))
+    teacher = load_teacher(SQUEEZENET, photo_data, class_map=path, size=64)
+    groups = dict(zip(photo_data.classes, teacher.class_map.groups, strict=True))
+    assert (groups["cat"], groups["dog"]) == ((output,), (300,))
+
+
 def test_a_run_under_other_names_than_its_own_is_refused(tmp_path, few_digits, part):
     path = write(tmp_path, "teacher_classes: [one, two, three, seven]\nmap: {'1': one, '2': two}")
     with refused(
