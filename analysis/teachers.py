@@ -30,7 +30,7 @@ from ensemble_kd.runs import RUNS
 from ensemble_kd.schema import TeachersOptions
 from ensemble_kd.setting import adapt, combination_of, teacher_checks, teacher_of
 from ensemble_kd.tables import text_table
-from ensemble_kd.teachers.combination import Combination, best_alone, set_up
+from ensemble_kd.teachers.combination import Combination, best_alone, rehearse, set_up
 from ensemble_kd.teachers.ensemble import Ensemble, Teacher
 from ensemble_kd.weighting import COMBINERS, inputs_of, uniform_weights
 
@@ -123,6 +123,7 @@ def _load(
         partial(load_data, **options.load_arguments()),
     )
     adapted, *_ = together(partial(adapt, objects, options, data), *teacher_checks(options, parsed, data))
+    rehearse(how, torch.ones(len(options.teachers), len(data.classes), dtype=torch.bool))
     data = data.to(device)
     by_text = {name.text: teacher_of(name, options, data, options.teacher_seed, device) for name in parsed}
     found = [by_text[text] if text in by_text else adapted[text] for text in options.teachers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -110,14 +111,17 @@ def _translate(model: type[Options], detail: Mapping[str, Any]) -> Problem:
             f"{key}: {value!r} names no teacher", "it is given by teacher", f"say {flag} NAME={value}"
         )
     why = str(detail["msg"]).replace("Input should be", "it should be")
+    if kind == "literal_error":
+        expected = re.findall(r"'([^']*)'", str(detail.get("ctx", {}).get("expected", "")))
+        return Problem(
+            f"{key}: {value!r} cannot be used", why, nearest(str(value), expected) or "name one of these"
+        )
     return Problem(f"{key}: {value!r} cannot be used", why, _mend(key, kind))
 
 
 def _mend(key: str, kind: str) -> str:
     if kind in ("greater_than", "greater_than_equal", "less_than_equal", "less_than", "finite_number"):
         return f"give {key} a number in that range"
-    if kind == "literal_error":
-        return "name one of these"
     return "see --help for what it takes"
 
 

@@ -36,13 +36,13 @@ def _numbers(value: Any) -> Any:
 
 
 def _by_name(value: Any) -> Any:
-    """`4` stays a number, `resnet18=2,vgg16=6` becomes a table."""
+    """`4` stays a number, `resnet18=2,vgg16=6` becomes a table; names may be those of --teachers, or short."""
     if isinstance(value, (list, tuple)):
         value = ",".join(str(item) for item in value)
     if isinstance(value, str) and "=" in value:
         pairs = (part.partition("=") for part in value.split(",") if part.strip())
-        return {name.strip(): number for name, _, number in pairs}
-    return value
+        value = {name.strip(): number for name, _, number in pairs}
+    return {label_of(str(name)): item for name, item in value.items()} if isinstance(value, dict) else value
 
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -235,7 +235,8 @@ class CombineOptions(NetworkOptions):
 
     def _check_weights(self, labels: Sequence[str]) -> list[Problem]:
         if self.weights is None and self.combine == "fixed":
-            return [Problem("combine: fixed has no weights", "none are given", "say --weights 0.7,0.3")]
+            even = ",".join([f"{1 / len(labels):.7g}"] * len(labels)) if labels else "0.7,0.3"
+            return [Problem("combine: fixed has no weights", "none are given", f"say --weights {even}")]
         if self.weights is None or not labels:
             return []
         total = sum(self.weights)

@@ -26,7 +26,7 @@ from ensemble_kd.names import label_of
 from ensemble_kd.objective import Viewing
 from ensemble_kd.schema import CombineOptions, DistillOptions
 from ensemble_kd.teachers.class_map import ClassMap
-from ensemble_kd.teachers.combination import Combination, check_known, find_combiner, label_free
+from ensemble_kd.teachers.combination import Combination, check_known, find_combiner, label_free, rehearse
 from ensemble_kd.teachers.ensemble import Teacher
 from ensemble_kd.teachers.registry import can_be_trained, check_teacher, load_teacher
 from ensemble_kd.weighting import inputs_of
@@ -92,10 +92,16 @@ def prepare(options: DistillOptions, objects: Objects) -> tuple[Setting, list[Mo
         *teacher_checks(options, parsed, data, features=options.feature_weight > 0),
         partial(_student, options, named_student, student, data),
     )
-    _check_known(options, combination, dict(zip(texts, maps, strict=True)), adapted, len(data.classes))
+    _check_known(options, combination, dict(zip(texts, maps, strict=True)), adapted, data.classes)
     data = data.to(device)
     transfer = _transfer(options, data, unlabelled and unlabelled.to(device))
     recipe = recipes.student_recipe(start, len(transfer), options.training.model_dump())
+    if options.soft_epochs is not None and options.soft_epochs > recipe.epochs:
+        raise ConfigError(
+            f"soft_epochs: {options.soft_schedule} over {options.soft_epochs} of {recipe.epochs} epochs",
+            "training ends before the schedule does",
+            f"say --set soft_epochs={recipe.epochs} or less, or train longer",
+        )
     viewing = _viewing(options, data, len(transfer), recipe)
     temperatures = _temperatures(options)
     setting = Setting(
@@ -241,13 +247,15 @@ def _check_known(
     combination: Combination,
     maps: dict[str, ClassMap | None],
     given: dict[str, Teacher],
-    classes: int,
+    classes: Sequence[str],
 ) -> None:
     """Refuse what teachers that know some classes only cannot do, as far as their maps are known."""
     labels = [label_of(text) for text in options.teachers]
     found = [given[text].class_map if text in given else maps[text] for text in options.teachers]
-    masks = [one.known if one else torch.ones(classes, dtype=torch.bool) for one in found]
-    check_known(labels, torch.stack(masks), combination, best="best-teacher" in options.controls)
+    everything = torch.ones(len(classes), dtype=torch.bool)
+    known = torch.stack([one.known if one else everything for one in found])
+    check_known(labels, known, combination, "best-teacher" in options.controls, classes)
+    rehearse(combination, known)
 
 
 def _check_controls(options: DistillOptions, names: Sequence[ModelName | None]) -> None:

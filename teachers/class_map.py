@@ -54,6 +54,12 @@ class ClassMap:
         inside = torch.log_softmax(picked.masked_fill(~known, -torch.inf), dim=1)
         return inside.masked_fill(~known, NO_VOTE)
 
+    def describe(self, own: Sequence[str], wanted: Sequence[str]) -> str:
+        """Which of the teacher's classes `own` became which of the data's, in words."""
+        pairs = zip(wanted, self.groups, strict=True)
+        named = [f"{name} ← {' + '.join(own[k] for k in group) or 'not known'}" for name, group in pairs]
+        return listing(named)
+
     def discarded(self, logits: Float[Tensor, "N outputs"]) -> Float[Tensor, " N"]:
         """The probability that the teacher gives to outputs outside the map, at temperature 1."""
         kept = sorted(output for group in self.groups for output in group)

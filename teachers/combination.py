@@ -120,7 +120,8 @@ def set_up(
         given = torch.tensor(how.given) if how.given else None
         weights = _tried(how, {**fixed, "given": given, "val_logits": z, "val_labels": labels}, (count,))
         ensemble = replace(ensemble, weights=weights.float().to(device))
-        _check_covered(ensemble.known_mask[ensemble.weights > 0])
+        numbers = list(map(str, range(logits.shape[2])))
+        _check_covered(ensemble.known_mask[ensemble.weights > 0], numbers)
     else:
         _try_on_a_batch(how, fixed, ensemble.temperatures, z, labels)
         ensemble = replace(ensemble, weigh=how.weigh)
@@ -149,13 +150,39 @@ def best_alone(ensemble: Ensemble, logits: Tensor, labels: Tensor) -> Ensemble:
     return replace(ensemble, weights=weights, weigh=None, after=1.0)
 
 
-def check_known(labels: Sequence[str], known: Tensor, how: Combination, best: bool = False) -> None:
+def rehearse(how: Combination, known: Tensor) -> None:
+    """Try a user's weight function on made-up logits, before teachers are loaded or trained.
+
+    Raises:
+        ConfigError: it fails, or gives no weights.
+    """
+    if how.weigh in COMBINERS.values():
+        return
+    (count, classes), generator = known.shape, torch.Generator().manual_seed(0)
+    logits = torch.randn(count, _TRIAL, classes, generator=generator)
+    labels = torch.arange(_TRIAL) % classes
+    fixed = {"count": count, "pool": how.pool, "known": known}
+    if inputs_of(how.weigh).isdisjoint(EACH_BATCH):
+        given = torch.tensor(how.given) if how.given else None
+        _tried(how, {**fixed, "given": given, "val_logits": logits, "val_labels": labels}, (count,))
+    else:
+        _try_on_a_batch(how, fixed, torch.ones(count), logits, labels)
+
+
+def check_known(
+    labels: Sequence[str],
+    known: Tensor,
+    how: Combination,
+    best: bool = False,
+    classes: Sequence[str] | None = None,
+) -> None:
     """Refuse teachers that know some classes only, where they cannot be combined as they should be.
 
     Args:
         labels: the teachers' names.
         known: which classes each knows (K, C).
         best: whether the best teacher alone is wanted too.
+        classes: the names of the classes, for messages.
 
     Raises:
         ConfigError: says why.
@@ -178,15 +205,16 @@ def check_known(labels: Sequence[str], known: Tensor, how: Combination, best: bo
         )
     if best and len(partial) == len(labels):
         raise _no_best()
-    _check_covered(known if how.weigh is not given_weights else known[torch.tensor(how.given) > 0])
+    counted = known if how.weigh is not given_weights else known[torch.tensor(how.given) > 0]
+    _check_covered(counted, classes or list(map(str, range(known.shape[1]))))
 
 
-def _check_covered(known: Tensor) -> None:
+def _check_covered(known: Tensor, classes: Sequence[str]) -> None:
     """The teachers that count must know all classes together, and overlap."""
     nobody, whole = overlap(known)
     if nobody:
         raise ConfigError(
-            f"{len(nobody)} classes are known by no teacher: the numbers {listing(nobody)}",
+            f"no teacher that counts knows {listing(classes[c] for c in nobody)}",
             "the soft target would hold nothing for them",
             "map them for a teacher, or add a teacher that knows them",
         )
@@ -224,7 +252,7 @@ def _tried(how: Combination, offered: Mapping[str, Any], *shapes: tuple[int, ...
     except Exception as error:
         raise ConfigError(
             f"combine: {how.name} failed: {type(error).__name__}: {error}",
-            "it was called with the validation split",
+            "it was tried before anything is trained",
             "call it in a Python session to see the whole traceback",
         ) from error
     what = f"combine: {how.name} gave no weights"

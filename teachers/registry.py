@@ -82,6 +82,8 @@ def _with_its_own_classes(
     classifier = own_classifier(model, dataset, names, **options)
     own = _named(model, classifier.classes, names)
     mapping = map_classes(own, dataset.classes, file, model.label, dataset.name)
+    if mapping is not None:
+        log.info("%s: %s", model.label, mapping.describe(own, dataset.classes))
     say_conversion(classifier.card.preprocess.channels, dataset, model.label)
     published = f"{model.canonical}@{model.weights}" if model.weights else model.canonical
     origin = str(Path(model.weights or model.arch)) if _is_trained(model) else published

@@ -24,6 +24,7 @@ from ensemble_kd.objective import Viewing
 from ensemble_kd.runs import Run
 from ensemble_kd.schema import DistillOptions
 from ensemble_kd.tables import metrics_table
+from ensemble_kd.teachers import registry
 from ensemble_kd.teachers.combination import Combination, describe, set_up
 from ensemble_kd.teachers.ensemble import Ensemble, Teacher
 from ensemble_kd.teachers.registry import load_teacher
@@ -267,7 +268,7 @@ OFFERED = (
         ("flat", "gave no weights", "it returned list, not (3,) or (3, 64)", NO_WEIGHTS),
         ("curious", "cannot be called", "it wants 'colour', which is not offered",
          f"give it parameters of these names: {OFFERED}"),
-        ("failing", "failed: ValueError: no idea", "it was called with the validation split",
+        ("failing", "failed: ValueError: no idea", "it was tried before anything is trained",
          "call it in a Python session to see the whole traceback"),
         ("both", "wants val_logits beside the batch",
          "weights that are fitted or given are the same for all batches",
@@ -286,7 +287,8 @@ def test_a_function_that_gives_no_weights_is_refused(teachers, tmp_path, mine, n
     [
         ({"combine": "lerned"}, "combine: there is no 'lerned'",
          f"known are {', '.join(COMBINERS)} and py:FILE.py:function", "did you mean 'learned'?"),
-        ({"combine": "fixed"}, "combine: fixed has no weights", "none are given", "say --weights 0.7,0.3"),
+        ({"combine": "fixed"}, "combine: fixed has no weights", "none are given",
+         "say --weights 0.3333333,0.3333333,0.3333333"),
         ({"combine": "learned", "weights": [0.5, 0.3, 0.2]}, "weights: learned finds its own",
          "given weights are used by --combine fixed, and by functions of yours that name `given`",
          "leave out --weights or --combine"),
@@ -406,6 +408,38 @@ def test_weights_of_whole_numbers_are_weights(teachers, tmp_path):
 
     means = run(teachers, tmp_path / "run", combine=nearest).metrics["combination"]["mean_weights"]
     assert sum(means.values()) == pytest.approx(1)
+
+
+def test_a_function_that_gives_no_weights_is_refused_before_a_teacher_is_trained(tmp_path, mine, monkeypatch):
+    monkeypatch.setattr(registry, "train_on_labels", lambda *_, **__: pytest.fail("a teacher was trained"))
+    for name in ("both", "too_much", "failing", "flat"):
+        with pytest.raises(ConfigError, match=f"combine: .*:{name} "):
+            distill(
+                ["lenet", "resnet8"], "lenet", combine=f"py:{mine}:{name}", teacher_seed=7,
+                out=tmp_path / "run", **QUICK,
+            )  # fmt: skip
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_schedule_that_training_does_not_reach_is_refused(teachers, tmp_path):
+    with refused(
+        ConfigError,
+        "soft_epochs: warmup over 50 of 2 epochs",
+        "training ends before the schedule does",
+        "say --set soft_epochs=2 or less, or train longer",
+    ):
+        run(teachers, tmp_path / "run", soft_schedule="warmup", soft_epochs=50)
+
+
+def test_options_by_teacher_take_the_name_as_it_was_given(tmp_path):
+    options = DistillOptions(
+        teachers=["tv:vgg16@IMAGENET1K_V1", "runs/mine"],
+        class_map="tv:vgg16@IMAGENET1K_V1=a.yaml,mine=b.yaml",
+        temperature="runs/mine=2,student=3",
+    )
+    assert options.class_map == {"tv:vgg16": Path("a.yaml"), "mine": Path("b.yaml")}
+    assert options.temperature == {"mine": 2, "student": 3}
+    assert options.cross_checks() == []
 
 
 def test_a_function_of_yours_may_take_the_given_weights(teachers, tmp_path):
