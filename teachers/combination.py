@@ -117,8 +117,7 @@ def set_up(
         ensemble = replace(ensemble, scales=_fit_scales(ensemble, logits, labels))
     z, fixed = ensemble.calibrated(logits), {"count": count, "pool": how.pool, "known": ensemble.known_mask}
     if inputs_of(how.weigh).isdisjoint(EACH_BATCH):
-        given = torch.tensor(how.given) if how.given else None
-        weights = _tried(how, {**fixed, "given": given, "val_logits": z, "val_labels": labels}, (count,))
+        weights = _once(how, fixed, z, labels)
         ensemble = replace(ensemble, weights=weights.float().to(device))
         numbers = list(map(str, range(logits.shape[2])))
         _check_covered(ensemble.known_mask[ensemble.weights > 0], numbers)
@@ -163,8 +162,7 @@ def rehearse(how: Combination, known: Tensor) -> None:
     labels = torch.arange(_TRIAL) % classes
     fixed = {"count": count, "pool": how.pool, "known": known}
     if inputs_of(how.weigh).isdisjoint(EACH_BATCH):
-        given = torch.tensor(how.given) if how.given else None
-        _tried(how, {**fixed, "given": given, "val_logits": logits, "val_labels": labels}, (count,))
+        _once(how, fixed, logits, labels)
     else:
         _try_on_a_batch(how, fixed, torch.ones(count), logits, labels)
 
@@ -247,8 +245,6 @@ def _tried(how: Combination, offered: Mapping[str, Any], *shapes: tuple[int, ...
     fix = "return non-negative weights that sum to 1 over the teachers, as a tensor"
     try:
         weights = call(how.weigh, dict(offered))
-    except ConfigError:
-        raise
     except Exception as error:
         raise ConfigError(
             f"combine: {how.name} failed: {type(error).__name__}: {error}",
@@ -264,6 +260,13 @@ def _tried(how: Combination, offered: Mapping[str, Any], *shapes: tuple[int, ...
         lowest, low, high = (float(v) for v in (weights.min(), sums.min(), sums.max()))
         raise ConfigError(what, f"the smallest is {lowest:g}, and they sum to {low:g} … {high:g}", fix)
     return weights
+
+
+def _once(how: Combination, fixed: Mapping[str, Any], logits: Tensor, labels: Tensor) -> Tensor:
+    """Weights (K,) that are the same for all batches."""
+    given = torch.tensor(how.given) if how.given else None
+    offered = {**fixed, "given": given, "val_logits": logits, "val_labels": labels}
+    return _tried(how, offered, (len(logits),))
 
 
 def _try_on_a_batch(

@@ -96,11 +96,16 @@ class Teacher:
             )
         return now
 
+    @cached_property
+    def _tap(self) -> FeatureTap:
+        """Made once: finding the last layer takes a forward pass."""
+        return FeatureTap(self.classifier, self.label)
+
     def look(self, batch: Images, features: bool = False) -> Outputs:
         """Its answers to a batch of views, computed now."""
         if not features:
             return Outputs(self._mapped(predict(self.classifier, batch)))
-        with FeatureTap(self.classifier, self.label) as tap:
+        with self._tap as tap:
             logits, kept = predict_with_features(self.classifier, batch, tap)
         return Outputs(self._mapped(logits), [kept])
 
@@ -158,7 +163,7 @@ class Teacher:
         self, images: Images, viewing: Viewing | None, view_id: int, features: bool
     ) -> dict[str, Tensor]:
         blocks: list[tuple[Tensor, ...]] = []
-        tapped = FeatureTap(self.classifier, self.label) if features else nullcontext()
+        tapped = self._tap if features else nullcontext()
         shown = progress(f"teacher {self.label}, view {view_id + 1}", len(images))
         with shown as advance, tapped as tap:
             for batch in images.batches(EVAL_BATCH):

@@ -248,6 +248,10 @@ def test_the_command_line_prints_the_table_and_reads_stored_outputs(few_digits, 
     assert first.exit_code == 0, first.output
     for text in ("digits, validation split", "combiner", "Diversity", "At least one teacher is right on"):
         assert text in first.stdout
+    (following,) = [line for line in first.stderr.splitlines() if "ekd distill" in line]
+    assert following.split() == [
+        "ekd", "distill", "--teachers", "lenet,resnet8", "--limit-train", "200", "--teacher-epochs", "1",
+    ]  # fmt: skip
     monkeypatch.setattr(Teacher, "_compute", lambda *_, **__: pytest.fail("ran a teacher again"))
     again = CliRunner().invoke(app, [*command, "--json"])
     assert again.exit_code == 0, again.output

@@ -595,3 +595,14 @@ def test_networks_without_features_are_refused_before_anything_is_trained_or_wri
 def test_networks_without_features_teach_without_them(tmp_path, modules):
     result = distill([f"{modules}:product@own"], "lenet", controls="none", out=tmp_path / "run", **QUICK)
     assert "product" in result.metrics["models"]
+
+
+def test_live_teachers_are_run_once_a_batch(few_digits):
+    """Finding the last layer takes a forward pass, which must not be taken for every batch."""
+    teacher = load_teacher("resnet8", few_digits, training={"epochs": 1})
+    passes = []
+    hook = teacher.classifier.register_forward_hook(lambda *_: passes.append(1))
+    for _ in range(3):
+        teacher.look(few_digits.val, features=True)
+    hook.remove()
+    assert len(passes) == 3 + 1

@@ -42,8 +42,8 @@ def analyze_teachers(given: dict[str, Any], config: Path | None, sets: list[str]
     result = run(config_file=config, sets=sets, **given)
     emit(as_json, {"folder": str(result.folder), **result.numbers}, result.table())
     print(f"\nnumbers: {result.folder / 'teachers.json'}", file=sys.stderr)
-    kept = [word for flag, value in given.items() if flag != "out" for word in _as_flag(flag, value)]
-    hint_next(["ekd", "distill", *kept])
+    kept = {flag: value for flag, value in given.items() if value is not None and flag != "out"}
+    hint_next(["ekd", "distill", *(word for flag, value in kept.items() for word in _as_flag(flag, value))])
 
 
 def _as_flag(name: str, value: Any) -> list[str]:
