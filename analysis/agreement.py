@@ -19,7 +19,7 @@ from ensemble_kd.data import load_data
 from ensemble_kd.device import choose_device
 from ensemble_kd.errors import ConfigError
 from ensemble_kd.evaluation import load_any
-from ensemble_kd.fit import predict
+from ensemble_kd.inference import predict
 from ensemble_kd.metrics import RESAMPLES, Measure
 from ensemble_kd.runs import RUNS, Run
 from ensemble_kd.schema import AgreementOptions

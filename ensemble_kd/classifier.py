@@ -25,14 +25,22 @@ class Preprocess:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W), uint8 or float in [0, 1], to float (B, channels, *size), normalised."""
-        x = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        scale, shift = (values.to(images.device) for values in self.affine())
+        return torch.addcmul(shift, self.fitted(images), scale)
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift (channels, 1, 1) from grey levels of 0 … 255 to normalised input."""
+        mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (self.mean, self.std))
+        return (1 / (255 * std)).float(), (-mean / std).float()
+
+    def fitted(self, images: Tensor) -> Tensor:
+        """Images in the channels and size of the network, as float grey levels of 0 … 255."""
+        x = images.float() if images.dtype == torch.uint8 else images.float() * 255
         x = _convert_channels(x, self.channels)
         if tuple(x.shape[2:]) != self.size:
             shrinks = x.shape[2] > self.size[0] or x.shape[3] > self.size[1]
             x = F.interpolate(x, self.size, mode="bilinear", antialias=shrinks)
-        mean = torch.tensor(self.mean, device=x.device, dtype=x.dtype)[:, None, None]
-        std = torch.tensor(self.std, device=x.device, dtype=x.dtype)[:, None, None]
-        return (x - mean) / std
+        return x
 
 
 def _convert_channels(x: Tensor, channels: int) -> Tensor:
@@ -99,10 +107,14 @@ class Classifier(nn.Module):
         self.net, self.card = net, card
         self.pretrained = pretrained
         """Whether its weights were learned before, so that training goes on rather than starts."""
+        # Kept on the network's device, so that a forward pass copies nothing there.
+        for name, values in zip(("_scale", "_shift"), card.preprocess.affine(), strict=True):
+            self.register_buffer(name, values, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W), uint8 or float in [0, 1], of any size, to logits (B, classes)."""
-        x = self.card.preprocess(images)
+        x = self.card.preprocess.fitted(images)
+        x = torch.addcmul(self._shift.to(x.device), x, self._scale.to(x.device))
         if x.device.type == "cuda":
             x = x.contiguous(memory_format=torch.channels_last)
         return self.net(x)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ensemble_kd import config, files
@@ -18,22 +17,21 @@ from ensemble_kd.curves import draw_curves
 from ensemble_kd.errors import RunError
 from ensemble_kd.features import FeatureTerm, feature_width
 from ensemble_kd.fit import fit
+from ensemble_kd.judges import Judges, combined, of_other_seeds, teachers_of
 from ensemble_kd.losses import LOSSES
 from ensemble_kd.models import ModelName, parse
 from ensemble_kd.objective import Objective
 from ensemble_kd.results import compare
 from ensemble_kd.runs import Run, Stopwatch, surroundings
 from ensemble_kd.schema import DistillOptions
-from ensemble_kd.setting import Objects, Setting, prepare, teacher_of
-from ensemble_kd.teachers.combination import best_alone, describe, set_up
-from ensemble_kd.teachers.ensemble import Ensemble, Outputs, Teacher
+from ensemble_kd.setting import Objects, Setting, engine_of, prepare
+from ensemble_kd.teachers.combination import best_alone, describe
+from ensemble_kd.teachers.ensemble import Ensemble, Teacher
 from ensemble_kd.teachers.library import recipe_of
-from ensemble_kd.teachers.targets import LiveTargets, StoredTargets
+from ensemble_kd.teachers.targets import LiveTargets
 
 OBJECTS = "distill with objects"
 """The verb in the status of a run that was given Python objects, which no file can bring back."""
-OTHER_SEEDS = 1000
-"""What is added to the teachers' seeds for the control `independent`."""
 
 
 @dataclass(frozen=True)
@@ -142,56 +140,17 @@ def _distill(options: DistillOptions, objects: Objects, run: Run | None) -> Dist
     log.info("run folder %s", run.folder)
     watch.lap("data")
     with run.working():
-        teachers = [
-            setting.given[label] if name is None else _teacher(name, setting)
-            for label, name in zip(options.teachers, names, strict=True)
-        ]
-        judges = _combined(teachers, setting)
+        judges = combined(teachers_of(names, setting), setting)
         watch.lap("teachers")
         networks = _train_networks(run, setting, judges, names, watch)
         metrics = _conclude(run, setting, judges, networks, watch)
     return DistillResult(run.folder, metrics, networks["student"])
 
 
-def _teacher(name: ModelName, setting: Setting, seed: int | None = None) -> Teacher:
-    seed = setting.options.teacher_seed if seed is None else seed
-    return teacher_of(name, setting.options, setting.data, seed, setting.device)
-
-
-@dataclass(frozen=True)
-class _Judges:
-    """An ensemble, and its logits (K, N, C) on the validation split."""
-
-    ensemble: Ensemble
-    val_logits: Tensor
-
-
-def _combined(teachers: list[Teacher], setting: Setting) -> _Judges:
-    for teacher in teachers:
-        teacher.classifier.to(setting.device)
-    val, options = setting.data.val, setting.options
-    temperatures = torch.tensor([setting.temperatures[teacher.label] for teacher in teachers])
-    logits = torch.stack([teacher.all_logits(val) for teacher in teachers])
-    features = options.feature_weight > 0
-    ensemble = set_up(
-        teachers,
-        temperatures,
-        setting.combination,
-        logits,
-        val.known_labels,
-        seed=options.seed,
-        features=features,
-    )
-    if "best-teacher" in options.controls:
-        best_alone(ensemble, logits, val.known_labels)  # refuses here what would fail after the student
-    return _Judges(ensemble, logits)
-
-
 def _train_networks(
-    run: Run, setting: Setting, judges: _Judges, names: Sequence[ModelName | None], watch: Stopwatch
+    run: Run, setting: Setting, judges: Judges, names: Sequence[ModelName | None], watch: Stopwatch
 ) -> dict[str, Classifier]:
     """The student and its controls, each from the same weights, order and views."""
-    stored: dict[int, Outputs] = {}
     networks = {}
     for name in ["student", *setting.options.controls]:
         code = parse(setting.options.student) if setting.options.student.startswith("py:") else None
@@ -200,14 +159,17 @@ def _train_networks(
             log.info("%s: finished before", name)
             networks[name] = kept.to(setting.device)
             continue
-        own, own_stored = judges, stored
+        own = judges
         if name == "best-teacher":
             best = best_alone(judges.ensemble, judges.val_logits, setting.data.val.known_labels)
             log.info("best teacher on the validation split: %s", _heaviest(best))
             own = replace(judges, ensemble=best)
         elif name == "independent":
-            own, own_stored = _combined(_of_other_seeds(names, setting), setting), {}
-        networks[name] = _train(name, own, own_stored, setting, run)
+            own = combined(of_other_seeds(names, setting), setting)
+        if setting.viewing.count:
+            own.store(setting)
+            watch.lap("targets")
+        networks[name] = _train(name, own, setting, run)
         for teacher in own.ensemble.teachers:
             teacher.check_unchanged()
         watch.lap(name)
@@ -218,21 +180,10 @@ def _heaviest(ensemble: Ensemble) -> str:
     return ensemble.teachers[int(ensemble.weights.argmax())].label
 
 
-def _of_other_seeds(names: Sequence[ModelName | None], setting: Setting) -> list[Teacher]:
-    """Teachers of the same names and other seeds."""
-    default = setting.options.teacher_seed
-    seeds = [(name, default if name.seed is None else name.seed) for name in names if name is not None]
-    return [_teacher(replace(name, seed=seed + OTHER_SEEDS), setting, seed) for name, seed in seeds]
-
-
-def _objective(
-    name: str, network: Classifier, judges: _Judges, stored: dict[int, Outputs], setting: Setting
-) -> Objective:
+def _objective(name: str, network: Classifier, judges: Judges, setting: Setting) -> Objective:
     options, viewing, alone = setting.options, setting.viewing, name == "labels"
     ensemble = judges.ensemble.for_measuring() if alone else judges.ensemble
-    targets = (
-        StoredTargets(ensemble, setting.transfer, viewing, stored) if viewing.count else LiveTargets(ensemble)
-    )
+    targets = judges.stored(ensemble, setting) if viewing.count else LiveTargets(ensemble)
     # The control on labels needs no targets; stored ones of its images are looked up for its curve.
     measured = not alone or (viewing.count > 0 and not options.unlabelled_only)
     return Objective(
@@ -256,7 +207,7 @@ def _feature_term(network: Classifier, ensemble: Ensemble, setting: Setting) -> 
     return term.to(setting.device)
 
 
-def _train(name: str, judges: _Judges, stored: dict[int, Outputs], setting: Setting, run: Run) -> Classifier:
+def _train(name: str, judges: Judges, setting: Setting, run: Run) -> Classifier:
     network = copy.deepcopy(setting.start).to(setting.device)
     description = name if name == "student" else f"control {name}"
     log.info(
@@ -271,12 +222,15 @@ def _train(name: str, judges: _Judges, stored: dict[int, Outputs], setting: Sett
         setting.data.train if name == "labels" else setting.transfer,
         setting.data.val,
         setting.recipe,
-        _objective(name, network, judges, stored, setting),
+        _objective(name, network, judges, setting),
         setting.viewing,
         seed=setting.options.seed,
         device=setting.device,
         description=description,
+        engine=engine_of(setting.options, run.path("trace.json") if name == "student" else None),
     )
+    if profile := history[0].pop("profile", None):
+        run.keep_profile(profile)
     labels = [teacher.label for teacher in judges.ensemble.teachers]
     for row in history:
         if "weights" in row:
@@ -288,12 +242,14 @@ def _train(name: str, judges: _Judges, stored: dict[int, Outputs], setting: Sett
 def _conclude(
     run: Run,
     setting: Setting,
-    judges: _Judges,
+    judges: Judges,
     networks: dict[str, Classifier],
     watch: Stopwatch,
 ) -> dict[str, Any]:
     """Measure everything on the test split, once, and write what the run leaves."""
     test, ensemble = setting.data.test, judges.ensemble
+    for teacher in ensemble.teachers:
+        teacher.classifier.to(setting.device)
     stacked = ensemble.all_logits(test)
     members = {teacher.label: teacher.classifier for teacher in ensemble.teachers}
     metrics, logits = compare(

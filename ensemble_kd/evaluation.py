@@ -14,8 +14,8 @@ from ensemble_kd.data import load_data
 from ensemble_kd.data.dataset import Dataset
 from ensemble_kd.device import choose_device
 from ensemble_kd.errors import RunError
-from ensemble_kd.fit import predict
 from ensemble_kd.fresh import for_data
+from ensemble_kd.inference import predict
 from ensemble_kd.metrics import measure
 from ensemble_kd.names import label_of
 from ensemble_kd.schema import DataOptions, EvaluateOptions

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,13 @@ from torch import Tensor
 
 UNLABELLED = -1
 """The label of a sample that has none: it counts in the soft loss alone."""
+
+
+class Mixed(NamedTuple):
+    """What was mixed into a batch: the labels (B,) of the second images, and the share (B,) of the first."""
+
+    labels: Tensor
+    share: Tensor
 
 
 def kl_to_target(
@@ -140,6 +148,8 @@ class SoftLoss:
     compute: Callable[..., Tensor]
     temperature: float = 4.0
     needs_labels: bool = False
+    needs_all: bool = False
+    """Whether it reads the logits of unlikely classes, which a store of the top k does not hold."""
     numbers: Mapping[str, float] = field(default_factory=dict)
     """Its own numbers and their defaults."""
 
@@ -147,27 +157,35 @@ class SoftLoss:
 LOSSES: dict[str, SoftLoss] = {
     "kl": SoftLoss(kl_to_target),
     "ce": SoftLoss(soft_cross_entropy),
-    "reverse-kl": SoftLoss(reverse_kl),
-    "js": SoftLoss(jensen_shannon),
-    "mse": SoftLoss(logit_mse),
+    "reverse-kl": SoftLoss(reverse_kl, needs_all=True),
+    "js": SoftLoss(jensen_shannon, needs_all=True),
+    "mse": SoftLoss(logit_mse, needs_all=True),
     "dkd": SoftLoss(decoupled_kl, needs_labels=True, numbers={"alpha": 1.0, "beta": 8.0}),
     "dist": SoftLoss(relations, temperature=1.0, numbers={"beta": 1.0, "gamma": 1.0}),
-    "logit-std": SoftLoss(standardised_kl, temperature=2.0),
+    "logit-std": SoftLoss(standardised_kl, temperature=2.0, needs_all=True),
     "hard": SoftLoss(hard_target),
 }
 
 
 def hard_cross_entropy(
-    logits: Float[Tensor, "B C"], labels: Int[Tensor, " B"], label_smoothing: float = 0.0
+    logits: Float[Tensor, "B C"],
+    labels: Int[Tensor, " B"],
+    label_smoothing: float = 0.0,
+    mixed: Mixed | None = None,
 ) -> Float[Tensor, ""]:
     """Cross-entropy with the labels, in nats, with optional smoothing towards uniform.
 
-    Divided by the whole batch: a labelled sample counts the same, however many have no label.
+    Divided by the whole batch: a labelled sample counts the same, however many have no label. Of mixed
+    images each label counts by its share (Zhang et al. 2018, mixup; Yun et al. 2019, CutMix).
     """
-    total = F.cross_entropy(
-        _wide(logits), labels, label_smoothing=label_smoothing, ignore_index=UNLABELLED, reduction="sum"
+    wide, options = _wide(logits), {"label_smoothing": label_smoothing, "ignore_index": UNLABELLED}
+    if mixed is None:
+        return F.cross_entropy(wide, labels, reduction="sum", **options) / len(logits)  # type: ignore[arg-type]
+    first, second = (
+        F.cross_entropy(wide, part, reduction="none", **options)  # type: ignore[arg-type]
+        for part in (labels, mixed.labels)
     )
-    return total / len(logits)
+    return (mixed.share * first + (1 - mixed.share) * second).mean()
 
 
 def distillation_loss(
@@ -180,6 +198,7 @@ def distillation_loss(
     label_smoothing: float = 0.0,
     loss: str = "kl",
     numbers: Mapping[str, float] | None = None,
+    mixed: Mixed | None = None,
 ) -> Float[Tensor, ""]:
     """(1 − w) · CE(labels) + w · soft loss, which for `kl` is T² · KL(target ‖ student).
 
@@ -188,10 +207,11 @@ def distillation_loss(
     Args:
         loss: a name of `LOSSES`.
         numbers: the loss's own numbers, where they are not its defaults.
+        mixed: what was mixed into the images; losses that need labels cannot tell what a mixture is.
     """
     if soft_weight == 0:
         assert labels is not None
-        return hard_cross_entropy(logits, labels, label_smoothing)
+        return hard_cross_entropy(logits, labels, label_smoothing, mixed)
     assert log_target is not None
     chosen, more = LOSSES[loss], dict(numbers or {})
     if chosen.needs_labels:
@@ -201,7 +221,8 @@ def distillation_loss(
     if soft_weight == 1:
         return soft
     assert labels is not None
-    return (1 - soft_weight) * hard_cross_entropy(logits, labels, label_smoothing) + soft_weight * soft
+    hard = hard_cross_entropy(logits, labels, label_smoothing, mixed)
+    return (1 - soft_weight) * hard + soft_weight * soft
 
 
 def feature_loss(

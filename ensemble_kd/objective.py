@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from ensemble_kd.data import views
 from ensemble_kd.data.dataset import Images
 from ensemble_kd.features import FeatureTerm
-from ensemble_kd.losses import LOSSES, distillation_loss, soft_weight_at
+from ensemble_kd.fused import fused_kd
+from ensemble_kd.losses import LOSSES, Mixed, distillation_loss, soft_weight_at
 
 
 class Target(NamedTuple):
@@ -32,6 +34,12 @@ class TargetSource(Protocol):
 
     live: ClassVar[bool]
     """Whether teachers are run for each batch, so that targets only measured are not worth their time."""
+    fixed: bool
+    """Whether targets are only looked up, in tensors that stay where they are from epoch to epoch."""
+
+    def begin(self, epoch: int) -> None:
+        """Make ready for the batches of an epoch."""
+        ...
 
     def __call__(self, batch: Images, index: Tensor, epoch: int, student_logits: Tensor) -> Target:
         """`batch` holds this epoch's view of the training samples at positions `index`."""
@@ -73,7 +81,18 @@ class Objective:
         target: Tensor | None,
         soft_weight: float,
         smoothing: float,
+        mixed: Mixed | None = None,
     ) -> Tensor:
+        if self.loss == "kl" and target is not None and soft_weight > 0:
+            return fused_kd(
+                logits,
+                labels,
+                target,
+                soft_weight=soft_weight,
+                temperature=self.temperature,
+                label_smoothing=smoothing,
+                mixed=mixed,
+            )
         return distillation_loss(
             logits,
             labels,
@@ -83,6 +102,7 @@ class Objective:
             label_smoothing=smoothing,
             loss=self.loss,
             numbers=self.numbers,
+            mixed=mixed,
         )
 
 
@@ -93,12 +113,44 @@ class Viewing:
     policy: str
     count: int
     seed: int
+    mix: str = "none"
 
     def id_of(self, epoch: int) -> int:
         """The view of an epoch."""
         return epoch % self.count if self.count else epoch
 
-    def apply(self, batch: Images, view_id: int) -> Images:
-        """That view of the batch."""
+    def take(self, images: Images, index: Tensor, view_id: int) -> Images:
+        """That view of the samples at positions `index`."""
+        return next(self.batches(images, [index], view_id))
+
+    def batches(self, images: Images, chunks: Iterable[Tensor], view_id: int) -> Iterator[Images]:
+        """That view of the samples at each chunk of positions in turn.
+
+        With mixing, partners come from all of `images`, so that a view does not depend on the batch.
+        """
+        if self.mix == "none":
+            return (self._seen(batch, view_id) for batch in images.fetch(chunks))
+        paired = (torch.cat([chunk, self._partners(images, chunk, view_id)]) for chunk in chunks)
+        return (self._mixed(both, view_id) for both in images.fetch(paired))
+
+    def _seen(self, batch: Images, view_id: int) -> Images:
         pixels = views.view(batch.pixels, batch.ids, policy=self.policy, seed=self.seed, view_id=view_id)
         return Images(pixels, batch.labels, batch.ids)
+
+    def _partners(self, images: Images, index: Tensor, view_id: int) -> Tensor:
+        return views.partners(images.ids[index], len(images), seed=self.seed, view_id=view_id)
+
+    def _mixed(self, both: Images, view_id: int) -> Images:
+        seen = self._seen(both, view_id)
+        first, second = (
+            Images(*part)
+            for part in zip(*(_halves(t) for t in (seen.pixels, seen.labels, seen.ids)), strict=True)
+        )
+        pixels, share = views.mix(
+            first.pixels, second.pixels, first.ids, kind=self.mix, seed=self.seed, view_id=view_id
+        )
+        return Images(pixels, first.labels, first.ids, second.labels, share)
+
+
+def _halves(values: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if values is None else (values[: len(values) // 2], values[len(values) // 2 :])

@@ -13,7 +13,7 @@ from torch import nn
 
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.errors import ConfigError
-from ensemble_kd.fit import Recipe
+from ensemble_kd.stepping import Recipe
 
 FEW_IMAGES = 5000
 LARGE_INPUT = 128

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.data.dataset import Images
-from ensemble_kd.fit import predict
+from ensemble_kd.inference import predict
 from ensemble_kd.metrics import Measure, bootstrap_mean, measure, per_sample, within
 
 ENSEMBLE = "ensemble"

@@ -8,61 +8,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
 from ensemble_kd.errors import Problem, listing, nearest
+from ensemble_kd.fields import (
+    Count,
+    Files,
+    Names,
+    NotNegative,
+    Options,
+    PerTeacher,
+    Positive,
+    Share,
+    Sizes,
+    numbers,
+)
 from ensemble_kd.names import label_of
 
-AUGMENT = Literal["auto", "none", "crop", "crop-flip"]
+AUGMENT = Literal["auto", "none", "crop", "crop-flip", "rrc", "trivial"]
 CONTROLS = ("labels", "best-teacher", "independent")
 RESERVED = {"student", "ensemble", *CONTROLS}
-
-
-def _split_list(value: Any) -> Any:
-    """`a,b` or a list of such texts to a list; `none` is the empty list."""
-    if isinstance(value, str):
-        value = [value]
-    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
-        parts = [part.strip() for item in value for part in item.split(",") if part.strip()]
-        return [] if parts == ["none"] else parts
-    return value
-
-
-def _numbers(value: Any) -> Any:
-    """`1,2` to a list of numbers."""
-    if isinstance(value, str):
-        return [part for part in value.split(",") if part.strip()]
-    return value
-
-
-def _by_name(value: Any) -> Any:
-    """`4` stays a number, `resnet18=2,vgg16=6` becomes a table; names may be those of --teachers, or short."""
-    if isinstance(value, (list, tuple)):
-        value = ",".join(str(item) for item in value)
-    if isinstance(value, str) and "=" in value:
-        pairs = (part.partition("=") for part in value.split(",") if part.strip())
-        value = {name.strip(): number for name, _, number in pairs}
-    return {label_of(str(name)): item for name, item in value.items()} if isinstance(value, dict) else value
-
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Names = Annotated[list[str], BeforeValidator(_split_list)]
-Files = Annotated[dict[str, Path], BeforeValidator(_by_name)]
-PerTeacher = Annotated[Positive | dict[str, Positive], BeforeValidator(_by_name)]
-Sizes = Annotated[dict[str, Count], BeforeValidator(_by_name)]
-
-
-class Options(BaseModel):
-    """Base of all options: unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    def cross_checks(self) -> list[tuple[set[str], Problem]]:
-        """Problems between fields: which fields each concerns, and what is wrong."""
-        return []
 
 
 class RecipeOptions(Options):
@@ -98,11 +63,14 @@ class DataOptions(Options):
     split_seed: int = Field(0, description="fixes which images those are")
     image_size: Count | None = Field(None, description="decode the images of a folder to this side")
     limit_train: Count | None = Field(None, description="train on this many images only")
+    decode: Literal["auto", "once", "always"] = Field(
+        "auto", description="images of a folder: once into memory, or always anew; auto looks at the memory"
+    )
     offline: bool = Field(False, description="never download anything")
 
     def load_arguments(self) -> dict[str, Any]:
         """The arguments of `data.load_data`."""
-        names = ("split", "val_fraction", "split_seed", "image_size", "limit_train", "offline")
+        names = ("split", "val_fraction", "split_seed", "image_size", "limit_train", "decode", "offline")
         return {"source": self.data, "root": self.data_root, **{name: getattr(self, name) for name in names}}
 
 
@@ -121,7 +89,7 @@ class NetworkOptions(DataOptions):
         "auto", description="imagenet keeps the stock form on small images"
     )
     augment: AUGMENT = Field(
-        "auto", description="views: none, crop, crop-flip; auto takes what suits the data"
+        "auto", description="views: none, crop, crop-flip, rrc or trivial; auto takes what suits the data"
     )
     seed: int = Field(0, ge=0, description="of weights, order of images and views")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
@@ -132,6 +100,9 @@ class RunOptions(NetworkOptions):
     """What all verbs that leave a run have in common."""
 
     training: RecipeOptions = RecipeOptions()
+    compile: bool = Field(False, description="compile the trained network by torch.compile")
+    cuda_graph: bool = Field(True, description="record training steps as a CUDA graph where that can be")
+    profile: bool = Field(False, description="say where the time of a training step goes")
     overwrite: bool = Field(False, description="replace what is in the run folder")
 
 
@@ -172,7 +143,7 @@ class CombineOptions(NetworkOptions):
         description="how teachers are weighted: mean, fixed, learned, greedy, entropy, confidence, agree, "
         "drop, best or py:FILE.py:function; default mean",
     )
-    weights: Annotated[list[NotNegative], BeforeValidator(_numbers)] | None = Field(
+    weights: Annotated[list[NotNegative], BeforeValidator(numbers)] | None = Field(
         None, description="fixed weights of the teachers, summing to 1"
     )
     pool: Literal["prob", "logit", "pool-then-temper"] = Field(
@@ -304,6 +275,16 @@ class DistillOptions(CombineOptions, RunOptions):
     controls: Names = Field(["labels"], description="labels, best-teacher, independent; or none")
     views: Annotated[int, Field(ge=0)] | None = Field(
         None, description="stored views of each image, 0 for a fresh one each epoch; default 1 or 16"
+    )
+    mix: Literal["none", "mixup", "cutmix"] = Field(
+        "none", description="mix each view with that of another image: mixup or cutmix"
+    )
+    top_k: Count | None = Field(
+        None, description="store the largest k outputs of a teacher only; for many classes"
+    )
+    teacher_batch: Count | None = Field(None, description="images that a teacher sees at a time")
+    teacher_precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of teachers making targets; auto takes bfloat16 where it is native"
     )
     student_size: Count | None = Field(None, description="side of the student's input in pixels")
 

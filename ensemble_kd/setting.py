@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,23 +19,25 @@ from ensemble_kd.data.unlabelled import load_unlabelled
 from ensemble_kd.device import choose_device
 from ensemble_kd.errors import ConfigError, nearest, together
 from ensemble_kd.features import head_of
-from ensemble_kd.fit import Recipe
 from ensemble_kd.fresh import for_data, new_classifier
+from ensemble_kd.loop import Engine
 from ensemble_kd.losses import LOSSES
 from ensemble_kd.models import ModelName, parse
 from ensemble_kd.names import label_of
 from ensemble_kd.objective import Viewing
-from ensemble_kd.schema import CombineOptions, DistillOptions
+from ensemble_kd.schema import CombineOptions, DistillOptions, RunOptions
+from ensemble_kd.stepping import Recipe
 from ensemble_kd.teachers.class_map import ClassMap
 from ensemble_kd.teachers.combination import Combination, check_known, find_combiner, label_free, rehearse
 from ensemble_kd.teachers.ensemble import Teacher
 from ensemble_kd.teachers.registry import can_be_trained, check_teacher, load_teacher
+from ensemble_kd.teachers.runner import Running
 from ensemble_kd.weighting import inputs_of
 
 STORED_VIEWS = 16
-STORED_BYTES = 1_000_000_000
+STORED_BYTES = 20_000_000_000
 _FEATURES = 2048
-"""How many features a teacher is taken to have, where memory is planned before it is loaded."""
+"""How many features a teacher is taken to have, where room is planned before it is loaded."""
 
 
 @dataclass(frozen=True)
@@ -73,21 +76,26 @@ def prepare(options: DistillOptions, objects: Objects) -> tuple[Setting, list[Mo
     """Everything that can be wrong is tried before anything is trained or written, and told at once."""
     texts = [text for text in options.teachers if text not in objects.teachers]
     student = objects.student
-    *parsed, named_student, combination, device, data, _ = together(
+    *parsed, named_student, combination, device, data, _, _, _ = together(
         *(partial(parse, text) for text in texts),
         partial(parse, options.student) if student is None else lambda: None,
         partial(combination_of, options, objects.combine),
         partial(choose_device, options.device),
         partial(load_data, **options.load_arguments()),
         partial(_check_loss, options),
+        partial(_check_top_k, options),
+        partial(_check_mix, options),
     )
     by_text = dict(zip(texts, parsed, strict=True))
     names = [by_text.get(text) for text in options.teachers]
-    adapted, unlabelled, _, _, _, *maps, start = together(
+    adapted, unlabelled, _, _, _, _, *maps, start = together(
         partial(adapt, objects.teachers, options, data),
-        partial(load_unlabelled, options.unlabelled, data) if options.unlabelled else lambda: None,
+        partial(load_unlabelled, options.unlabelled, data, options.decode)
+        if options.unlabelled
+        else lambda: None,
         partial(_check_label_loss, options),
         partial(_check_label_free, options, combination),
+        partial(_check_combined, options, combination),
         partial(_check_controls, options, names),
         *teacher_checks(options, parsed, data, features=options.feature_weight > 0),
         partial(_student, options, named_student, student, data),
@@ -161,6 +169,7 @@ def teacher_of(
         device=device,
         offline=options.offline,
         class_map=options.class_map.get(name.label),
+        engine=engine_of(options) if isinstance(options, RunOptions) else None,
     )
 
 
@@ -178,6 +187,56 @@ def _check_loss(options: DistillOptions) -> None:
             f"loss_numbers: {options.loss} has no {', '.join(extra)}",
             f"it has {', '.join(known) or 'no numbers of its own'}",
             "leave them out, or choose another loss",
+        )
+
+
+def _check_top_k(options: DistillOptions) -> None:
+    if options.top_k is None:
+        return
+    what = "top_k: the largest logits alone do not do"
+    if options.loss in LOSSES and LOSSES[options.loss].needs_all:
+        fitting = [name for name, loss in LOSSES.items() if not loss.needs_all]
+        raise ConfigError(
+            what,
+            f"the loss {options.loss} reads those of unlikely classes too",
+            f"leave --top-k out, or say --loss {', '.join(fitting[:-1])} or {fitting[-1]}",
+        )
+    if options.pool != "prob" or options.calibrate in ("pool", "both"):
+        raise ConfigError(
+            what,
+            "the pooled target would be tempered, or logits averaged, and the rest of them is not known",
+            "leave --top-k out, or say --pool prob --calibrate none or teachers",
+        )
+    if options.views == 0:
+        raise ConfigError(
+            "top_k: nothing is stored", "with --views 0 the teachers run live", "leave one of them out"
+        )
+
+
+def _check_mix(options: DistillOptions) -> None:
+    if options.mix == "none":
+        return
+    if options.loss in LOSSES and LOSSES[options.loss].needs_labels:
+        raise ConfigError(
+            f"mix: {options.loss} needs one label an image",
+            "a mixed image has two",
+            "leave --mix out, or choose another loss",
+        )
+
+
+def _check_combined(options: DistillOptions, combination: Combination) -> None:
+    inputs = inputs_of(combination.weigh)
+    if options.mix != "none" and "labels" in inputs:
+        raise ConfigError(
+            f"combine: {combination.name} needs one label an image",
+            f"with --mix {options.mix} each has two",
+            f"choose one of {', '.join(label_free())}",
+        )
+    if options.top_k is not None and "temperatures" in inputs:
+        raise ConfigError(
+            f"combine: {combination.name} tempers logits itself",
+            "with --top-k the rest of them is not known at other temperatures",
+            "leave --top-k out, or choose another combiner",
         )
 
 
@@ -284,11 +343,38 @@ def _transfer(options: DistillOptions, data: Dataset, unlabelled: Images | None)
 
 def _viewing(options: DistillOptions, data: Dataset, count: int, recipe: Recipe) -> Viewing:
     policy = data.augment if options.augment == "auto" else options.augment
-    wanted = 1 if policy == "none" else min(STORED_VIEWS, recipe.epochs)
-    numbers = len(data.classes) + (_FEATURES if options.feature_weight else 0)
-    view_bytes = 4 * len(options.teachers) * count * numbers
-    default = min(wanted, STORED_BYTES // view_bytes)  # none fits: teachers run live
-    return Viewing(policy, default if options.views is None else options.views, options.seed)
+    still = policy == options.mix == "none"
+    views = options.views
+    if views is None:
+        kept = 2 * len(data.classes) if options.top_k is None else 4 * options.top_k
+        numbers = kept + (2 * _FEATURES if options.feature_weight else 0)
+        wanted = 1 if still else min(STORED_VIEWS, recipe.epochs)
+        views = min(wanted, STORED_BYTES // (len(options.teachers) * count * numbers))
+        _tell_views(policy, views, still)
+    return Viewing(policy, views, options.seed, options.mix)
+
+
+def _tell_views(policy: str, views: int, still: bool) -> None:
+    """What was chosen, and what it costs."""
+    if not views:
+        log.info(
+            "views: outputs of the teachers would take more than %d GB, so they run live", STORED_BYTES / 1e9
+        )
+    elif still:
+        log.info("views: the images as they are, so the teachers run once")
+    else:
+        log.info("views: %d of each image by %s, stored; what that costs against fresh ones (--views 0) "
+                 "stands in docs/performance.md", views, policy)  # fmt: skip
+
+
+def running_of(options: DistillOptions) -> Running:
+    """How teachers are run for targets."""
+    return Running(options.teacher_batch, options.teacher_precision)
+
+
+def engine_of(options: RunOptions, trace: Path | None = None) -> Engine:
+    """How training steps are carried out; some are profiled where that is wanted, and `trace` given."""
+    return Engine(options.compile, options.cuda_graph, trace if options.profile else None)
 
 
 def _temperatures(options: DistillOptions) -> dict[str, float]:

@@ -17,12 +17,15 @@ from ensemble_kd.data import load_data
 from ensemble_kd.data.dataset import Dataset
 from ensemble_kd.device import choose_device
 from ensemble_kd.errors import ConfigError
-from ensemble_kd.fit import predict, train_on_labels
+from ensemble_kd.fit import train_on_labels
 from ensemble_kd.fresh import new_classifier
+from ensemble_kd.inference import predict
+from ensemble_kd.loop import Engine
 from ensemble_kd.metrics import measure
 from ensemble_kd.models import parse
 from ensemble_kd.runs import Run, Stopwatch, surroundings
 from ensemble_kd.schema import TrainOptions
+from ensemble_kd.setting import engine_of
 from ensemble_kd.teachers.library import history_of, recipe_of
 from ensemble_kd.teachers.registry import can_be_trained, load_teacher
 
@@ -72,7 +75,11 @@ def train(
     log.info("run folder %s", run.folder)
     watch.lap("data")
     with run.working():
-        classifier, history, recipe = _train(chosen, data, device, policy)
+        engine = engine_of(chosen, run.path("trace.json"))
+        classifier, history, recipe = _train(chosen, data, device, policy, engine)
+        profile = history[0].pop("profile", None) if history else None
+        if profile and chosen.profile:
+            run.keep_profile(profile)
         resolved = config.to_yaml(chosen, augment=policy, training=recipe, out=None, overwrite=False)
         files.write_text(run.path("config.yaml"), resolved)
         watch.lap("training")
@@ -95,7 +102,7 @@ def train(
 
 
 def _train(
-    chosen: TrainOptions, data: Dataset, device: torch.device, policy: str
+    chosen: TrainOptions, data: Dataset, device: torch.device, policy: str, engine: Engine
 ) -> tuple[Classifier, list[dict[str, Any]], dict[str, Any] | None]:
     """The trained network, its history and its recipe, which is that of its role."""
     name, overrides = parse(chosen.model), chosen.training.model_dump()
@@ -109,12 +116,21 @@ def _train(
                 "a file or a run brings its own weights",
                 "name an architecture, or train on from the file with --role control",
             )
-        teacher = load_teacher(name, data, **common, augment=policy, training=overrides, device=device)
+        teacher = load_teacher(
+            name, data, **common, augment=policy, training=overrides, device=device, engine=engine
+        )
         folder = Path(teacher.origin)
         return teacher.classifier, history_of(folder), recipe_of(folder)
     classifier = new_classifier(name, data, **common)
     recipe = recipes.student_recipe(classifier, len(data.train), overrides)
     history = train_on_labels(
-        classifier, data, recipe, policy, seed=chosen.seed, device=device, description=name.label
+        classifier,
+        data,
+        recipe,
+        policy,
+        seed=chosen.seed,
+        device=device,
+        description=name.label,
+        engine=engine,
     )
     return classifier, history, recipe.to_json()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
@@ -17,15 +18,18 @@ from ensemble_kd.console import progress
 from ensemble_kd.data import views
 from ensemble_kd.data.dataset import Dataset, Images
 from ensemble_kd.errors import ModelError
-from ensemble_kd.features import FeatureTap
-from ensemble_kd.fit import EVAL_BATCH, predict, predict_with_features
+from ensemble_kd.features import FeatureTap, feature_width
+from ensemble_kd.inference import EVAL_BATCH, predict, predict_with_features
 from ensemble_kd.objective import Target, Viewing
 from ensemble_kd.teachers.class_map import ClassMap, map_classes
-from ensemble_kd.teachers.outputs import through_store
+from ensemble_kd.teachers.layout import Layout
+from ensemble_kd.teachers.runner import Runner, Running
+from ensemble_kd.teachers.store import Store
 from ensemble_kd.weighting import call, inputs_of
 
 _ALONE = {"count", "pool", "known", "logits", "temperatures"}
 """What weights may depend on where there is neither a label nor a student."""
+_LIBRARIES = ("torch", "timm", "torchvision", "ensemble-kd")
 _DRAW_STREAM = 1000  # of the views' hash, whose first few are the views' own
 
 
@@ -34,6 +38,13 @@ class Outputs(NamedTuple):
 
     logits: Tensor
     features: Sequence[Tensor] = ()
+    tempered: Tensor | None = None
+    """Logits that are right at the teachers' temperatures, where `logits` are at temperature 1 only."""
+
+    def at(self, index: Tensor) -> Outputs:
+        """Those of the images at positions `index`."""
+        tempered = None if self.tempered is None else self.tempered[..., index, :]
+        return Outputs(self.logits[..., index, :], [values[index] for values in self.features], tempered)
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,11 @@ class Teacher:
     """Whether tensors and card say all about it, so that its outputs can be kept for later runs."""
     class_map: ClassMap | None = None
     """From its classes to those of the data, where they are not the same."""
+    running: Running = field(default_factory=Running)
+    """How it is run for targets; what networks are measured against is always computed in float32."""
+    _runners: dict[tuple[torch.device, Running], Runner] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @classmethod
     def of(
@@ -101,80 +117,115 @@ class Teacher:
         """Made once: finding the last layer takes a forward pass."""
         return FeatureTap(self.classifier, self.label)
 
+    def runner(self, device: torch.device) -> Runner:
+        """The network set up for inference on that device; made once."""
+        key = (device, self.running)
+        if key not in self._runners:
+            self._runners[key] = Runner(
+                self.classifier, self.label, device, self.running, own_code=not self.storable
+            )
+        return self._runners[key]
+
+    def release(self) -> None:
+        """Give back the memory of the device; it is taken again when the teacher is run again."""
+        self._runners.clear()
+        self.classifier.to("cpu")
+
     def look(self, batch: Images, features: bool = False) -> Outputs:
         """Its answers to a batch of views, computed now."""
-        if not features:
-            return Outputs(self._mapped(predict(self.classifier, batch)))
-        with self._tap as tap:
-            logits, kept = predict_with_features(self.classifier, batch, tap)
-        return Outputs(self._mapped(logits), [kept])
+        answers = self.runner(batch.pixels.device)(batch.pixels, features)
+        return Outputs(
+            self.mapped(answers.logits), [answers.features] if answers.features is not None else []
+        )
 
-    def all_logits(self, images: Images, viewing: Viewing | None = None, view_id: int = 0) -> Tensor:
-        """Logits (N, C) of all images, or of one view of them, from the store where they are kept.
+    def all_logits(self, images: Images) -> Tensor:
+        """Logits (N, C) of all images, float32, from the store where they are kept.
 
         Raises:
             ModelError: an output is not finite.
         """
-        return self.all_outputs(images, viewing, view_id).logits
+        return self.all_outputs(images).logits
 
-    def all_outputs(
-        self, images: Images, viewing: Viewing | None = None, view_id: int = 0, features: bool = False
-    ) -> Outputs:
+    def all_outputs(self, images: Images, features: bool = False) -> Outputs:
         """`all_logits`, with the penultimate features (N, D) where they are wanted."""
-        raw = self._raw(images, viewing, view_id, features)
-        device = images.pixels.device
-        kept = [raw["features"].to(device)] if features else []
-        return Outputs(self._mapped(raw["logits"].to(device)), kept)
+        logits, kept = self._raw(images, features)
+        return Outputs(self.mapped(logits), [] if kept is None else [kept])
 
     def discarded(self, images: Images) -> float:
         """The mean probability that it gives to classes outside its class map; 0 without one."""
         if self.class_map is None:
             return 0.0
-        return float(self.class_map.discarded(self._raw(images, None, 0, False)["logits"]).mean())
+        return float(self.class_map.discarded(self._raw(images, False)[0]).mean())
 
-    def _mapped(self, logits: Tensor) -> Tensor:
+    def mapped(self, logits: Tensor) -> Tensor:
+        """Logits of the network itself, brought to the classes of the data."""
         return logits if self.class_map is None else self.class_map.apply(logits)
 
-    def _raw(
-        self, images: Images, viewing: Viewing | None, view_id: int, features: bool
-    ) -> dict[str, Tensor]:
-        """What the network itself says, in its own classes: one pass gives both kinds of output."""
-        policy = viewing.policy if viewing else "none"
-        depends_on = {
+    def facts(self, images: Images, data: str, viewing: Viewing | None, dtype: torch.dtype) -> dict[str, Any]:
+        """All that its outputs for these images depend on; `label` and `data` are for people."""
+        plain = viewing is None or viewing.policy == viewing.mix == "none"
+        card = self.classifier.card.to_json()
+        return {
+            "label": self.label,
+            "data": data,
             "teacher": self.fingerprint,
-            "card": self.classifier.card.to_json() | {"data": None},
+            "architecture": f"{card['model']} ({card['form']})",
+            "preprocess": card["preprocess"],
             "images": images.digest,
-            "view": None if viewing is None or policy == "none" else (policy, viewing.seed, view_id),
-            "features": features,
+            "policy": "none" if viewing is None else viewing.policy,
+            "mix": "none" if viewing is None else viewing.mix,
+            "view seed": None if plain or viewing is None else viewing.seed,
+            "views version": None if plain else views.VERSION,
+            "precision": str(dtype).removeprefix("torch."),
+            **{name: version(name) for name in _LIBRARIES},
         }
-        raw = through_store(
-            depends_on if self.storable else None,
-            lambda: self._compute(images, viewing, view_id, features),
-        )
-        if not all(bool(values.isfinite().all()) for values in raw.values()):
+
+    def check_finite(self, *outputs: Tensor | None) -> None:
+        """Refuse NaN and infinity.
+
+        Raises:
+            ModelError: there are some.
+        """
+        if not all(bool(values.isfinite().all()) for values in outputs if values is not None):
             raise ModelError(
                 f"teacher {self.label!r} gives NaN or infinite outputs",
                 "its weights are damaged, or its input is not what it was trained on",
                 "check it with `ekd evaluate`, or leave it out",
             )
-        return raw
 
-    def _compute(
-        self, images: Images, viewing: Viewing | None, view_id: int, features: bool
-    ) -> dict[str, Tensor]:
+    def _raw(self, images: Images, features: bool) -> tuple[Tensor, Tensor | None]:
+        """What the network itself says, in its own classes, in float32 and on the device of the images."""
+        if not self.storable:
+            return self._compute(images, features)
+        device = images.ids.device
+        width = feature_width(self.classifier, self.label) if features else 0
+        layout = Layout(len(images), len(self.classifier.classes), features=width, dtype="float32")
+        facts = self.facts(images, "", None, torch.float32) | {"use": "measured"}
+        store = Store.open(facts, layout)
+        with store.building(1):
+            if missing := store.missing(0):
+                logits, kept = self._compute(images, features)
+                for rows in missing:
+                    part = slice(rows.start, rows.stop)
+                    store.put(0, rows, logits[part], None if kept is None else kept[part])
+        found = store.rows(0, slice(None), device)
+        assert found.logits is not None
+        return found.logits, found.features
+
+    def _compute(self, images: Images, features: bool) -> tuple[Tensor, Tensor | None]:
         blocks: list[tuple[Tensor, ...]] = []
         tapped = self._tap if features else nullcontext()
-        shown = progress(f"teacher {self.label}, view {view_id + 1}", len(images))
-        with shown as advance, tapped as tap:
+        self.classifier.to(images.ids.device)
+        with progress(f"teacher {self.label}", len(images)) as advance, tapped as tap:
             for batch in images.batches(EVAL_BATCH):
-                seen = viewing.apply(batch, view_id) if viewing else batch
                 if tap:
-                    blocks.append(predict_with_features(self.classifier, seen, tap))
+                    blocks.append(predict_with_features(self.classifier, batch, tap))
                 else:
-                    blocks.append((predict(self.classifier, seen),))
+                    blocks.append((predict(self.classifier, batch),))
                 advance(len(batch))
-        joined = [torch.cat(parts) for parts in zip(*blocks, strict=True)]
-        return dict(zip(("logits", "features"), joined, strict=False))
+        logits, *kept = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+        self.check_finite(logits, *kept)
+        return logits, kept[0] if kept else None
 
 
 @dataclass(frozen=True)
@@ -216,21 +267,29 @@ class Ensemble:
         """The weighted mean of the teachers' temperatures."""
         return float((self.weights * self.temperatures).sum())
 
-    def all_logits(self, images: Images, viewing: Viewing | None = None, view_id: int = 0) -> Tensor:
-        """Stacked logits (K, N, C) of all images or one view of them, one teacher after another.
+    def all_logits(self, images: Images) -> Tensor:
+        """Stacked logits (K, N, C) of all images, one teacher after another.
 
         Raises:
             ModelError: a teacher's output is not finite.
         """
-        return torch.stack([teacher.all_logits(images, viewing, view_id) for teacher in self.teachers])
-
-    def all_outputs(self, images: Images, viewing: Viewing | None = None, view_id: int = 0) -> Outputs:
-        """`all_logits`, with the teachers' features where targets carry them."""
-        return _stacked([t.all_outputs(images, viewing, view_id, self.features) for t in self.teachers])
+        return torch.stack([teacher.all_logits(images) for teacher in self.teachers])
 
     def look(self, batch: Images) -> Outputs:
         """The teachers' answers to a batch of views, computed now."""
-        return _stacked([teacher.look(batch, self.features) for teacher in self.teachers])
+        return stacked([teacher.look(batch, self.features) for teacher in self.teachers])
+
+    def release(self) -> None:
+        """Give back the memory that the teachers have on the device."""
+        for teacher in self.teachers:
+            teacher.release()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether its targets depend on the teachers' outputs alone, not on labels, a student or an epoch."""
+        return self.weigh is None or inputs_of(self.weigh) <= _ALONE
 
     def calibrated(self, logits: Tensor) -> Tensor:
         """Stacked logits (K, B, C) of the calibrated teachers."""
@@ -243,6 +302,7 @@ class Ensemble:
         epoch: int = 0,
         student_logits: Tensor | None = None,
         features: Sequence[Tensor] = (),
+        tempered: Tensor | None = None,
     ) -> Target:
         """The soft target of stacked logits (K, B, C), tempered and at temperature 1.
 
@@ -252,6 +312,7 @@ class Ensemble:
                 target is that of `for_measuring`.
             student_logits: (B, C), without a gradient.
             features: carried along.
+            tempered: stacked logits for the target at the teachers' temperatures, where these are others.
         """
         z = self.calibrated(logits)
         pooled = partial(combine, pool=self.pool, known=self.known, after=self.after)
@@ -260,7 +321,8 @@ class Ensemble:
         same = batch is None or measuring is self
         weights = plain_weights if same else self._weights(z, batch, epoch, student_logits)
         plain = pooled(z, plain_weights, torch.ones_like(self.temperatures))
-        soft = pooled(z, weights, self.temperatures)
+        at_temperatures = z if tempered is None else self.calibrated(tempered)
+        soft = pooled(at_temperatures, weights, self.temperatures)
         return Target(soft, plain, weights, features)
 
     def for_measuring(self) -> Ensemble:
@@ -269,8 +331,7 @@ class Ensemble:
 
     @cached_property
     def _measuring(self) -> Ensemble:
-        needs_more = self.weigh is not None and not inputs_of(self.weigh) <= _ALONE
-        return replace(self, weigh=None) if needs_more else self
+        return self if self.is_fixed else replace(self, weigh=None)
 
     def _weights(self, z: Tensor, batch: Images | None, epoch: int, student_logits: Tensor | None) -> Tensor:
         if self.weigh is None:
@@ -291,6 +352,11 @@ class Ensemble:
         return call(self.weigh, offered).to(z)  # a function of the user's may give any type, anywhere
 
 
-def _stacked(outputs: Sequence[Outputs]) -> Outputs:
-    logits = torch.stack([output.logits for output in outputs])
-    return Outputs(logits, [features for output in outputs for features in output.features])
+def stacked(outputs: Sequence[Outputs]) -> Outputs:
+    """The outputs of several teachers side by side."""
+    tempered = [output.tempered for output in outputs if output.tempered is not None]
+    return Outputs(
+        torch.stack([output.logits for output in outputs]),
+        [features for output in outputs for features in output.features],
+        torch.stack(tempered) if tempered else None,
+    )

@@ -16,9 +16,11 @@ from ensemble_kd.data.dataset import Dataset
 from ensemble_kd.device import choose_device
 from ensemble_kd.errors import ModelError, listing
 from ensemble_kd.features import head_of
-from ensemble_kd.fit import Recipe, train_on_labels
+from ensemble_kd.fit import train_on_labels
 from ensemble_kd.fresh import is_file, new_classifier, own_classifier, say_conversion
+from ensemble_kd.loop import Engine
 from ensemble_kd.models import ModelName, choose_form, choose_size, parse
+from ensemble_kd.stepping import Recipe
 from ensemble_kd.teachers import library
 from ensemble_kd.teachers.class_map import ClassMap, MapFile, map_classes, read_map
 from ensemble_kd.teachers.ensemble import Teacher
@@ -37,6 +39,7 @@ def load_teacher(
     device: str | torch.device = "auto",
     offline: bool = False,
     class_map: str | Path | None = None,
+    engine: Engine | None = None,
 ) -> Teacher:
     """A frozen teacher that labels `data`.
 
@@ -54,6 +57,7 @@ def load_teacher(
         train: whether it may be trained now.
         class_map: a file that says which of its classes are those of `data` (see `class_map.read_map`);
             the same names in another order need none.
+        engine: how it is trained, if it is.
 
     Raises:
         ModelError: it cannot be had, its classes differ, or it would have to be trained and may not.
@@ -70,7 +74,7 @@ def load_teacher(
         return _with_its_own_classes(model, dataset, file, options, target)
     options["seed"] = seed if model.seed is None else model.seed
     return _kept_or_trained(
-        model, dataset, options, augment or dataset.augment, training or {}, train, target
+        model, dataset, options, augment or dataset.augment, training or {}, train, target, engine
     )
 
 
@@ -189,6 +193,7 @@ def _kept_or_trained(
     training: Mapping[str, Any],
     train: bool,
     device: torch.device,
+    engine: Engine | None,
 ) -> Teacher:
     """From the library, or trained now and kept; what it is made from is told from a sketch."""
     sketch = new_classifier(
@@ -208,7 +213,7 @@ def _kept_or_trained(
             f"train it first: ekd train {model.text} --data {dataset.name}",
         )
     classifier = sketch if sketch.pretrained else new_classifier(model, dataset, **options, scratch=True)
-    folder = _train_and_keep(model.label, classifier, dataset, recipe, policy, device, made_from)
+    folder = _train_and_keep(model.label, classifier, dataset, recipe, policy, device, made_from, engine)
     return Teacher.of(model.label, classifier, str(folder), storable)
 
 
@@ -243,6 +248,7 @@ def _train_and_keep(
     policy: str,
     device: torch.device,
     made_from: dict[str, Any],
+    engine: Engine | None,
 ) -> Path:
     pre = classifier.card.preprocess
     log.info(
@@ -261,6 +267,7 @@ def _train_and_keep(
         seed=made_from["seed"],
         device=device,
         description=f"teacher {label}",
+        engine=engine,
     )
     folder = library.keep(classifier, made_from, {"val": history[-1]["val"], "history": history})
     log.info(

@@ -10,17 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from support import refused
+from support import logged, refused
 from torch import Tensor, nn
 
 from ensemble_kd.classifier import Card, Classifier, Preprocess
 from ensemble_kd.data.dataset import Dataset, Images
-from ensemble_kd.data.views import order
+from ensemble_kd.data.views import MIXES, POLICIES, order
 from ensemble_kd.errors import ModelError, TrainingError
-from ensemble_kd.fit import Recipe, fit, make_optimizer, predict, train_on_labels, warmup_cosine
+from ensemble_kd.fit import fit, train_on_labels
+from ensemble_kd.inference import predict
 from ensemble_kd.initialise import unit_variance
 from ensemble_kd.losses import distillation_loss, soft_cross_entropy
 from ensemble_kd.objective import Objective, TargetSource, Viewing
+from ensemble_kd.stepping import Recipe, make_optimizer, warmup_cosine
 from ensemble_kd.teachers.ensemble import Ensemble, Teacher
 from ensemble_kd.teachers.targets import LiveTargets, StoredTargets
 
@@ -338,7 +340,7 @@ def test_validation_measures_the_training_loss_without_smoothing(few_digits: Dat
 def test_the_first_losses_equal_those_by_hand(few_digits: Dataset) -> None:
     ensemble, model = two_teachers(), classifier(linear_net())
     index = order(7, 0, 200)
-    batch = Viewing("crop-flip", 0, 7).apply(few_digits.train[index], 0)
+    batch = Viewing("crop-flip", 0, 7).take(few_digits.train, index, 0)
     logits, target = predict(model, batch), ensemble.target(ensemble.all_logits(batch))
     loss = distillation_loss(logits, batch.labels, target.soft, soft_weight=0.9, temperature=4.0)
     rows = run(
@@ -415,16 +417,17 @@ def test_teachers_stay_in_eval_mode_and_as_they_were(few_digits: Dataset, live: 
 # Stored and live targets
 
 
-@pytest.mark.parametrize("policy", ["none", "crop", "crop-flip"])
-def test_stored_targets_are_the_live_ones(few_digits: Dataset, policy: str) -> None:
-    ensemble, viewing = two_teachers(), Viewing(policy, 3, 4)
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_stored_targets_are_the_live_ones(few_digits: Dataset, policy: str, mix: str) -> None:
+    ensemble, viewing = two_teachers(), Viewing(policy, 3, 4, mix)
     stored, live = StoredTargets(ensemble, few_digits.train, viewing), LiveTargets(ensemble)
     for view_id in (2, 0):
         for index in order(1, view_id, 200).split(32):
-            batch = viewing.apply(few_digits.train[index], view_id)
+            batch = viewing.take(few_digits.train, index, view_id)
             from_store, fresh = (source(batch, index, view_id, None) for source in (stored, live))
-            torch.testing.assert_close(from_store.soft, fresh.soft, rtol=0, atol=1e-5)
-            torch.testing.assert_close(from_store.plain, fresh.plain, rtol=0, atol=1e-5)
+            torch.testing.assert_close(from_store.soft.exp(), fresh.soft.exp(), rtol=0, atol=2e-3)
+            torch.testing.assert_close(from_store.plain.exp(), fresh.plain.exp(), rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("policy", ["none", "crop", "crop-flip"])
@@ -436,8 +439,8 @@ def test_training_from_stored_and_live_targets_is_the_same(few_digits: Dataset, 
         for targets in (stored, LiveTargets(ensemble))
     ]
     for from_store, fresh in zip(*histories, strict=True):
-        assert from_store["train"] == pytest.approx(fresh["train"], rel=1e-4)
-        assert from_store["val"] == pytest.approx(fresh["val"], rel=1e-4)
+        assert from_store["train"] == pytest.approx(fresh["train"], rel=1e-3)
+        assert from_store["val"] == pytest.approx(fresh["val"], rel=1e-3)
 
 
 def test_stored_views_differ_from_each_other(few_digits: Dataset) -> None:
@@ -456,13 +459,13 @@ def test_each_teacher_sees_each_stored_view_of_each_image_once(few_digits: Datas
     run(conv_net(), few_digits, objective, recipe=replace(RECIPE, epochs=7), viewing=viewing)
     for teacher in ensemble.teachers:
         assert sum(images for _, images in teacher.classifier.net.seen) == 3 * 200
-    assert sorted(stored.views) == [0, 1, 2]
+    assert [store.views for store in stored.stores] == [3, 3]
 
 
-def outputs_and_passes(teacher: Teacher, *args: Any) -> tuple[Tensor, int]:
+def outputs_and_passes(teacher: Teacher, images: Images) -> tuple[Tensor, int]:
     """The teacher's outputs, and how many images ran through it for them."""
     teacher.classifier.net.seen.clear()
-    logits = teacher.all_logits(*args)
+    logits = teacher.all_logits(images)
     return logits, sum(images for _, images in teacher.classifier.net.seen)
 
 
@@ -472,31 +475,30 @@ def test_kept_outputs_are_found_again_by_all_that_they_depend_on(
     def teacher(seed: int = 0, storable: bool = True) -> Teacher:
         return Teacher.of("t", classifier(Watched(conv_net(seed))), "test", storable)
 
-    train, viewing = few_digits.train, Viewing("crop", 2, 0)
-    made, passes = outputs_and_passes(teacher(), train, viewing, 1)
+    train = few_digits.train
+    made, passes = outputs_and_passes(teacher(), train)
     assert passes == 200
-    again, passes = outputs_and_passes(teacher(), train, Viewing("crop", 7, 0), 1)
+    again, passes = outputs_and_passes(teacher(), train)
     assert passes == 0
     assert torch.equal(again, made)
     others = [
-        (teacher(seed=1), train, viewing, 1),
-        (teacher(storable=False), train, viewing, 1),
-        (teacher(), train[torch.arange(199, -1, -1)], viewing, 1),
-        (teacher(), few_digits.val, viewing, 1),
-        (teacher(), train, viewing, 0),
-        (teacher(), train, Viewing("crop", 2, 1), 1),
-        (teacher(), train, Viewing("crop-flip", 2, 0), 1),
-        (teacher(), train),
+        (teacher(seed=1), train),
+        (teacher(storable=False), train),
+        (teacher(), train[torch.arange(199, -1, -1)]),
+        (teacher(), few_digits.val),
     ]
-    for other, images, *view in others:
-        assert outputs_and_passes(other, images, *view)[1] == len(images)
-    kept = sorted((own_cache / "outputs").iterdir())
+    for other, images in others:
+        assert outputs_and_passes(other, images)[1] == len(images)
+    kept = sorted((own_cache / "targets").glob("*/logits.bin"))
     assert len(kept) == len(others)  # all but that which must not be kept, and the first
     for file in kept:
         file.write_bytes(file.read_bytes()[:-5])
-    again, passes = outputs_and_passes(teacher(), train, viewing, 1)
+    with logged() as lines:
+        again, passes = outputs_and_passes(teacher(), train)
     assert passes == 200
     assert torch.equal(again, made)
+    assert len(lines) == 1
+    assert "damaged" in lines[0]
 
 
 # Teachers

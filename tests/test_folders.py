@@ -183,11 +183,12 @@ def test_grey_and_colour_pixels_are_those_of_the_files(tmp_path):
         make(tmp_path / name, mode=mode)
         folder = scan(tmp_path / name)
         images = decode(folder, "train", (8, 10))
-        for pixels, (path, label) in zip(images.pixels, folder.files["train"], strict=True):
-            with Image.open(path) as image:
+        names = folder.files["train"].names
+        for pixels, label, place in zip(images.pixels, images.known_labels, names, strict=True):
+            with Image.open(folder.root / place) as image:
                 stored = np.asarray(image).reshape(8, 10, -1)
             assert np.array_equal(pixels.permute(1, 2, 0), stored)
-            assert folder.classes[label] == path.parent.name
+            assert folder.classes[label] == Path(place).parent.name
 
 
 def test_sixteen_bit_grey_is_scaled_rather_than_clipped(tmp_path):
@@ -232,7 +233,7 @@ def test_the_rotation_in_exif_is_applied(tmp_path, orientation, size):
     exif[0x0112] = orientation
     make(tmp_path, size=size, exif=exif)
     folder = scan(tmp_path)
-    with Image.open(folder.files["train"][0][0]) as image:
+    with Image.open(tmp_path / folder.files["train"].names[0]) as image:
         upright = np.rot90(np.asarray(image), ROTATIONS[orientation])
     data = load(tmp_path)
     assert tuple(data.train.pixels.shape[2:]) == upright.shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from ensemble_kd import __version__
-from ensemble_kd.cli import agreement, data, distill, evaluate, models, teachers, train
+from ensemble_kd.cli import agreement, data, distill, evaluate, models, targets, teachers, train
 
 app = typer.Typer(
     name="ekd",
@@ -40,6 +40,7 @@ app.command("analyze-agreement")(agreement.analyze_agreement)
 app.command("analyze-teachers")(teachers.analyze_teachers)
 app.command("models")(models.models)
 app.command("data")(data.data)
+app.add_typer(targets.targets, name="targets")
 
 
 def main() -> None:

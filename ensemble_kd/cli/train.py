@@ -24,6 +24,8 @@ _FLAGS = (
     "lr",
     "seed",
     "device",
+    "compile",
+    "profile",
     "offline",
     "out",
     "overwrite",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ensemble_kd.data.dataset import Dataset, Images, check_labels, hold_out
-from ensemble_kd.data.folders import load_folder
+from ensemble_kd.data.folders import check_choice, load_folder
 from ensemble_kd.data.sources import SOURCES
 from ensemble_kd.errors import DataError, nearest
 
@@ -24,6 +24,7 @@ def load_data(
     image_size: int | None = None,
     limit_train: int | None = None,
     offline: bool = False,
+    decode: str = "auto",
 ) -> Dataset:
     """Load a source, with a validation split held out of its training images.
 
@@ -36,14 +37,17 @@ def load_data(
         image_size: decode the images of a folder to squares of this side.
         limit_train: train on this many images only (after holding out), drawn evenly from the classes.
         offline: never download.
+        decode: the images of a folder `once`, into memory; `always`, afresh in every pass, with memory for a
+            few batches; or `auto`, into memory where they take less than half of what is free.
 
     Raises:
         DataError: with everything that is wrong with the source.
     """
+    check_choice(decode)
     path = Path(root).expanduser() if root is not None else None
     if source.startswith(FOLDER):
         folder = Path(source.removeprefix(FOLDER)).expanduser()
-        train, val, test, classes = load_folder(folder, split, image_size)
+        train, val, test, classes = load_folder(folder, split, image_size, decode)
         augment = "crop-flip"
     elif source in SOURCES:
         loader, augment = SOURCES[source]

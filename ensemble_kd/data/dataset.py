@@ -1,58 +1,103 @@
-"""Images in memory: one uint8 tensor a split, batched by indexing."""
+"""Images by split: a uint8 tensor batched by indexing, or files that are decoded batch by batch."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import itemgetter
 
 import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from ensemble_kd.console import log
+from ensemble_kd.data import views
+from ensemble_kd.data.streams import FilePixels
 from ensemble_kd.errors import DataError
 from ensemble_kd.losses import UNLABELLED
+
+MEASURED = 20_000
+"""Images in files that mean and deviation are taken from, where there are more: a sample is close enough."""
+_BLOCK = 256
 
 
 @dataclass(frozen=True)
 class Images:
     """One split: uint8 `pixels` (N, C, H, W), int64 `labels` (N,) or None, int64 `ids` (N,).
 
-    An id names a sample within its source, whatever split it falls into; views depend on it.
+    An id names a sample within its source, whatever split it falls into; views depend on it. Where the
+    images stay in files, `pixels` are `FilePixels`; those of batches are always a tensor.
     """
 
-    pixels: Tensor
+    pixels: Tensor | FilePixels
     labels: Tensor | None
     ids: Tensor
+    partner_labels: Tensor | None = None
+    """Of the images that are mixed into these, where they are."""
+    share: Tensor | None = None
+    """Float (N,): how much of each mixed image is the first one."""
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def __getitem__(self, index: Tensor) -> Images:
-        labels = None if self.labels is None else self.labels[index]
-        return Images(self.pixels[index], labels, self.ids[index])
+        """The samples at positions `index`; images in files stay there."""
+        pixels = self.pixels
+        picked = pixels.subset(index) if isinstance(pixels, FilePixels) else pixels[index]
+        return self._with(picked, itemgetter(index))
 
     def to(self, device: torch.device | str) -> Images:
-        """The same split on another device."""
-        labels = None if self.labels is None else self.labels.to(device)
-        return Images(self.pixels.to(device), labels, self.ids.to(device))
+        """The same split on another device; images in files are put there when they are decoded."""
+        return self._with(self.pixels.to(device), lambda values: values.to(device))
+
+    def _with(self, pixels: Tensor | FilePixels, change: Callable[[Tensor], Tensor]) -> Images:
+        """Other pixels, and the rest of the fields changed alike."""
+        optional = (self.labels, self.partner_labels, self.share)
+        labels, partner_labels, share = (None if values is None else change(values) for values in optional)
+        return Images(pixels, labels, change(self.ids), partner_labels, share)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of pixels, labels and ids."""
+        """SHA-256 of pixels, labels and ids; for files, of their names, lengths and dates in place of pixels."""
         digest = hashlib.sha256()
-        for tensor in (self.pixels, self.labels, self.ids):
-            if tensor is not None:
-                digest.update(repr(tuple(tensor.shape)).encode())
-                digest.update(tensor.cpu().contiguous().numpy().data)
+        for values in (self.pixels, self.labels, self.ids):
+            if isinstance(values, FilePixels):
+                for part in values.identify():
+                    digest.update(part)
+            elif values is not None:
+                digest.update(repr(tuple(values.shape)).encode())
+                digest.update(values.cpu().contiguous().numpy().data)
         return digest.hexdigest()
+
+    @property
+    def decoded(self) -> Tensor:
+        """The pixels as a tensor (N, C, H, W): those of a batch as they are, of a split in files all of them."""
+        return self.pixels if isinstance(self.pixels, Tensor) else self.pixels[:]
+
+    def fetch(self, chunks: Iterable[Tensor]) -> Iterator[Images]:
+        """The samples at each chunk of positions in turn, their pixels as a tensor.
+
+        Images in files are decoded a few batches ahead; see `FilePixels.stream`.
+
+        Raises:
+            DataError: a file cannot be read.
+        """
+        if isinstance(self.pixels, FilePixels):
+            return self._streamed(self.pixels, chunks)
+        return (self[chunk] for chunk in chunks)
+
+    def _streamed(self, files: FilePixels, chunks: Iterable[Tensor]) -> Iterator[Images]:
+        with closing(files.stream(chunks)) as stream:
+            for chunk, pixels in stream:
+                yield self._with(pixels, itemgetter(chunk))
 
     def batches(self, size: int) -> Iterator[Images]:
         """The split in order, `size` samples at a time; the last batch may be smaller."""
-        for start in range(0, len(self), size):
-            labels = None if self.labels is None else self.labels[start : start + size]
-            yield Images(self.pixels[start : start + size], labels, self.ids[start : start + size])
+        positions = torch.arange(len(self), device=self.ids.device)
+        return self.fetch(positions.split(size) if len(self) else ())
 
     @property
     def known_labels(self) -> Tensor:
@@ -73,9 +118,16 @@ class Images:
 def joined(labelled: Images, unlabelled: Images) -> Images:
     """Both one after the other; those without a label have `losses.UNLABELLED` in its place."""
     labels = torch.full_like(unlabelled.ids, UNLABELLED)
-    pixels = torch.cat([labelled.pixels, unlabelled.pixels])
     ids = torch.cat([labelled.ids, unlabelled.ids])
+    pixels = _joined_pixels(labelled.pixels, unlabelled.pixels)
     return Images(pixels, torch.cat([labelled.known_labels, labels]), ids)
+
+
+def _joined_pixels(first: Tensor | FilePixels, second: Tensor | FilePixels) -> Tensor | FilePixels:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return torch.cat([first, second])
+    one, other = (FilePixels.holding(p) if isinstance(p, Tensor) else p for p in (first, second))
+    return one.followed_by(other)
 
 
 @dataclass(frozen=True)
@@ -102,19 +154,29 @@ class Dataset:
 
     def to(self, device: torch.device | str) -> Dataset:
         """The same data on another device."""
-        return replace(self, train=self.train.to(device), val=self.val.to(device), test=self.test.to(device))
+        moved = replace(self, train=self.train.to(device), val=self.val.to(device), test=self.test.to(device))
+        if "mean_and_std" in vars(self):  # not to be measured again, which takes a while for files
+            vars(moved)["mean_and_std"] = self.mean_and_std
+        return moved
 
     def fingerprint(self) -> str:
-        """SHA-256 of classes, pixels, labels and splits: equal exactly when the data are equal."""
+        """SHA-256 of classes, pixels, labels and splits: equal exactly when the data are equal.
+
+        Of images in files, names, lengths and dates are taken for their pixels; see `Images.digest`.
+        """
         digests = [split.digest for split in (self.train, self.val, self.test)]
         return hashlib.sha256(repr((self.classes, digests)).encode()).hexdigest()
 
     @cached_property
     def mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of the training pixels by channel, in [0, 1], to six digits."""
+        """Mean and standard deviation of the training pixels by channel, in [0, 1], to six digits.
+
+        Of more than `MEASURED` images in files, that many are looked at, chosen by hash.
+        """
         counts = torch.zeros(self.channels, 256, dtype=torch.float64)
-        for batch in self.train.batches(1024):  # counts of bytes: exact, and small for images of any size
-            for channel, pixels in enumerate(batch.pixels.transpose(0, 1)):
+        for batch in self._sample().batches(_BLOCK):
+            # Counts of bytes: exact, and small for images of any size.
+            for channel, pixels in enumerate(batch.decoded.transpose(0, 1)):
                 counts[channel] += torch.bincount(pixels.flatten(), minlength=256).cpu()
         share = counts / counts.sum(dim=1, keepdim=True)
         level = torch.arange(256, dtype=torch.float64) / 255
@@ -122,6 +184,16 @@ class Dataset:
         std = (share @ level.square() - mean.square()).clamp(min=1e-8).sqrt()
         # Rounded, so that a card and a library key are the same on every machine.
         return tuple(round(v, 6) for v in mean.tolist()), tuple(round(v, 6) for v in std.tolist())
+
+    def _sample(self) -> Images:
+        count = len(self.train)
+        if isinstance(self.train.pixels, Tensor) or count <= MEASURED:
+            return self.train
+        log.info(
+            "mean and deviation are those of %s of the %s training images", f"{MEASURED:,}", f"{count:,}"
+        )
+        hashed = views.order(0, 0, count)
+        return self.train[hashed[torch.arange(MEASURED) * count // MEASURED].sort().values]
 
     def limit_train(self, count: int) -> Dataset:
         """The same data with the first `count` training images of a fixed stratified draw."""

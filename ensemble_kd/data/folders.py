@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
+from torch import Tensor
 
 from ensemble_kd.console import log, progress
 from ensemble_kd.data.archives import is_archive, unpacked
 from ensemble_kd.data.dataset import Images, stratified_split
-from ensemble_kd.errors import DataError, Problem, listing
+from ensemble_kd.data.streams import FilePixels, Files, decoders, shortened
+from ensemble_kd.errors import DataError, Problem, listing, nearest
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 MAX_DEFAULT_SIZE = 224
+DECODE = ("auto", "once", "always")
+"""Into memory if there is plenty of it, into memory, or afresh in every pass."""
 _ORIENTATION = 0x0112  # the tag in EXIF
-_BLOCK = 256  # images that a thread decodes at a time
+_BLOCK = 256  # files that a thread looks at, or decodes, at a time
+_PLENTY, _MOST = 0.5, 0.8  # of the free memory, that images may take by themselves, and when told to
 
 
 @dataclass
@@ -30,10 +36,12 @@ class Folder:
 
     root: Path
     classes: tuple[str, ...] = ()
-    files: dict[str, list[tuple[Path, int]]] = field(default_factory=dict)
+    files: dict[str, Files] = field(default_factory=dict)
+    labels: dict[str, Tensor] = field(default_factory=dict)
+    """Of the files, by split; unlabelled ones have none."""
     errors: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
-    shapes: dict[tuple[int, int], int] = field(default_factory=dict)
+    shapes: Counter[tuple[int, int]] = field(default_factory=Counter)
     """How many images have which (width, height)."""
     grey: bool = False
 
@@ -85,7 +93,7 @@ def scan(path: Path) -> Folder:
     folder.classes = tuple(_class_folders(first, folder))
     _check_classes(first, folder)
     for name, where in splits.items():
-        folder.files[name] = _list_split(name, where, folder)
+        _list_split(name, where, folder)
     read_headers(folder)
     return folder
 
@@ -119,31 +127,15 @@ def _check_classes(where: Path, folder: Folder) -> None:
         )
 
 
-def _list_split(name: str, where: Path, folder: Folder) -> list[tuple[Path, int]]:
-    index = {cls: i for i, cls in enumerate(folder.classes)}
+def _list_split(name: str, where: Path, folder: Folder) -> None:
+    """Enter the files of a split, and their labels, class by class."""
     if name in ("val", "test"):
-        known = set(_class_folders(where, folder))
-        if extra := sorted(known - index.keys()):
-            folder.errors.append(
-                Problem(
-                    f"{where} has classes that train/ lacks: {listing(extra)}",
-                    "a student cannot learn them",
-                    "add them to train/, or remove them",
-                )
-            )
-        if missing := sorted(index.keys() - known):
-            folder.warnings.append(
-                Problem(
-                    f"{where} lacks the classes {listing(missing)}",
-                    "labels follow the names in train/, so the other classes keep theirs",
-                )
-            )
-    files = []
-    for cls, label in index.items():
-        if not (where / cls).is_dir():
-            continue
-        paths = sorted(p for p in (where / cls).rglob("*") if is_image(p, where))
-        if not paths and name in ("train", "all"):
+        _compare_classes(where, folder)
+    names: list[str] = []
+    counts = []
+    for cls in folder.classes:
+        found = list(image_names(folder.root, f"{'' if name == 'all' else f'{name}/'}{cls}"))
+        if not found and name in ("train", "all"):
             folder.errors.append(
                 Problem(
                     f"class {cls!r} in {where} has no images",
@@ -151,8 +143,9 @@ def _list_split(name: str, where: Path, folder: Folder) -> list[tuple[Path, int]
                     "add images, or remove the folder",
                 )
             )
-        files += [(path, label) for path in paths]
-    if not files and name in ("val", "test"):
+        names += found
+        counts.append(len(found))
+    if not names and name in ("val", "test"):
         folder.errors.append(
             Problem(
                 f"{where} has no images",
@@ -160,66 +153,98 @@ def _list_split(name: str, where: Path, folder: Folder) -> list[tuple[Path, int]
                 "add images, or remove the folder",
             )
         )
-    return files
+    folder.files[name] = Files.of(folder.root, names)
+    folder.labels[name] = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
 
 
-def is_image(path: Path, where: Path) -> bool:
-    """By its ending; hidden files, and files in hidden folders, are none."""
-    hidden = any(part.startswith((".", "__")) for part in path.relative_to(where).parts)
-    return path.suffix.lower() in EXTENSIONS and not hidden and not path.is_dir()
+def _compare_classes(where: Path, folder: Folder) -> None:
+    """The class folders of a split beside those of the training split."""
+    index, known = set(folder.classes), set(_class_folders(where, folder))
+    if extra := sorted(known - index):
+        folder.errors.append(
+            Problem(
+                f"{where} has classes that train/ lacks: {listing(extra)}",
+                "a student cannot learn them",
+                "add them to train/, or remove them",
+            )
+        )
+    if missing := sorted(index - known):
+        folder.warnings.append(
+            Problem(
+                f"{where} lacks the classes {listing(missing)}",
+                "labels follow the names in train/, so the other classes keep theirs",
+            )
+        )
+
+
+def image_names(root: Path, below: str = "") -> Iterator[str]:
+    """Names of the images at any depth below a folder in `root`, relative to `root` and sorted by their parts.
+
+    Images are told by their endings; hidden files, and files in hidden folders, are none. Where there is
+    no such folder, there are none.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
+    found = []
+    try:
+        with os.scandir(root / below) as entries:
+            for entry in entries:
+                if entry.name.startswith((".", "__")):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    found.append((entry.name, True))
+                elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS and not entry.is_dir():
+                    found.append((entry.name, False))
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise DataError(
+            f"cannot read the folder {root / below}",
+            error.strerror or str(error),
+            "make it readable, or remove it",
+        ) from error
+    for name, is_folder in sorted(found):
+        path = f"{below}/{name}" if below else name
+        if is_folder:
+            yield from image_names(root, path)
+        else:
+            yield path
 
 
 def read_headers(folder: Folder) -> None:
     """Sizes and modes of all images, and the files that are none."""
-    paths = [path for files in folder.files.values() for path, _ in files]
     broken: list[Problem] = []
-    grey = True
-    with progress("reading headers", len(paths)) as advance, _pool() as pool:
-        for block in pool.map(_headers, _blocks(paths)):
-            for path, size, mode, why in block:
-                if why:
-                    broken.append(Problem(f"cannot read {path}", why, "replace or delete the file"))
-                else:
-                    folder.shapes[size] = folder.shapes.get(size, 0) + 1
-                    grey = grey and (mode in ("1", "L") or mode.startswith("I;16"))
-            advance(len(block))
-    folder.grey = grey
-    _add_broken(folder, broken)
+    modes: set[str] = set()
+    blocks = [(files, start) for files in folder.files.values() for start in range(0, len(files), _BLOCK)]
+    with progress("reading headers", sum(map(len, folder.files.values()))) as advance, decoders() as pool:
+        for shapes, seen, problems in pool.map(lambda block: _headers(*block), blocks):
+            folder.shapes.update(shapes)
+            modes |= seen
+            broken += problems
+            advance(_BLOCK)
+    folder.grey = all(mode in ("1", "L") or mode.startswith("I;16") for mode in modes)
+    folder.errors += shortened(broken)
 
 
-def _add_broken(folder: Folder, broken: list[Problem]) -> None:
-    folder.errors += broken[:10]
-    if len(broken) > 10:
-        folder.errors.append(Problem(f"and {len(broken) - 10} more files that cannot be read"))
-
-
-def _headers(paths: Sequence[Path]) -> list[tuple[Path, tuple[int, int], str, str]]:
-    rows = []
-    for path in paths:
+def _headers(files: Files, start: int) -> tuple[Counter[tuple[int, int]], set[str], list[Problem]]:
+    """(width, height) by count, modes and problems of a block of files; enters their lengths and dates."""
+    shapes: Counter[tuple[int, int]] = Counter()
+    modes, problems = set(), []
+    for position in range(start, min(start + _BLOCK, len(files))):
         try:
-            with Image.open(path) as image:
+            with open(files.open_name(position), "rb") as file, Image.open(file) as image:
                 if image.width * image.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
                     raise Image.DecompressionBombError
-                turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-                rows.append((path, image.size[::-1] if turned else image.size, image.mode, ""))
+                # Of any image, as that of PNGs would decode them to look behind their pixels.
+                turned = Image.Image.getexif(image).get(_ORIENTATION, 1) in (5, 6, 7, 8)
+                shapes[image.size[::-1] if turned else image.size] += 1
+                modes.add(image.mode)
+                facts = os.fstat(file.fileno())
+                files.lengths[position], files.changed[position] = facts.st_size, facts.st_mtime_ns
         except Exception as error:  # Pillow's decoders raise many kinds
-            rows.append((path, (0, 0), "", _why_broken(path, error)))
-    return rows
-
-
-def _why_broken(path: Path, error: Exception) -> str:
-    if not path.exists():
-        return "it is a link to a file that is not there"
-    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        return "it has so many pixels that it could exhaust the memory"
-    head = path.read_bytes()[:256].lstrip().lower()
-    if not head:
-        return "the file is empty"
-    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "it is a web page, saved under an image's name"
-    if isinstance(error, UnidentifiedImageError):
-        return "it is no image that Pillow knows"
-    return str(error) or type(error).__name__
+            problems.append(files.problem(position, error))
+    return shapes, modes, problems
 
 
 def default_size(folder: Folder) -> tuple[int, int]:
@@ -243,65 +268,52 @@ def decode(folder: Folder, split: str, size: tuple[int, int], first_id: int = 0)
         DataError: files are damaged.
     """
     files = folder.files[split]
-    channels = 1 if folder.grey else 3
-    pixels = np.empty((len(files), channels, *size), dtype=np.uint8)
+    pixels = np.empty((len(files), *_pixel_shape(folder, size)), dtype=np.uint8)
     broken: list[Problem] = []
-    starts = range(0, len(files), _BLOCK)
 
     def work(start: int) -> list[Problem]:
-        block = files[start : start + _BLOCK]
-        return _decode_block([path for path, _ in block], pixels[start : start + _BLOCK])
+        block = range(start, min(start + _BLOCK, len(files)))
+        found = (files.read(position, pixels[position]) for position in block)
+        return [problem for problem in found if problem]
 
-    with progress(f"decoding {split}", len(files)) as advance, _pool() as pool:
-        for found in pool.map(work, starts):
+    with progress(f"decoding {split}", len(files)) as advance, decoders() as pool:
+        for found in pool.map(work, range(0, len(files), _BLOCK)):
             broken += found
             advance(_BLOCK)
     if broken:
-        _add_broken(folder, broken)
+        folder.errors += shortened(broken)
         raise DataError(folder.errors)
-    labels = torch.tensor([label for _, label in files], dtype=torch.int64)
-    ids = torch.arange(first_id, first_id + len(files))
-    return Images(torch.from_numpy(pixels), labels, ids)
+    return _labelled(folder, split, torch.from_numpy(pixels), first_id)
 
 
-def _decode_block(paths: Sequence[Path], out: np.ndarray) -> list[Problem]:
-    channels, height, width = out.shape[1:]
-    broken = []
-    for path, target in zip(paths, out, strict=True):
-        try:
-            with Image.open(path) as image:
-                upright = _eight_bits(ImageOps.exif_transpose(image), "L" if channels == 1 else "RGB")
-            if upright.size != (width, height):
-                upright = ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR)
-            target[:] = np.asarray(upright).reshape(height, width, channels).transpose(2, 0, 1)
-        except Exception as error:  # Pillow's decoders raise many kinds
-            broken.append(
-                Problem(f"cannot read {path}", _why_broken(path, error), "replace or delete the file")
-            )
-    return broken
+def left_in_files(folder: Folder, split: str, size: tuple[int, int], first_id: int = 0) -> Images:
+    """The same images as `decode` gives, each decoded when it is asked for."""
+    return _labelled(folder, split, FilePixels.of(folder.files[split], _pixel_shape(folder, size)), first_id)
 
 
-def _eight_bits(image: Image.Image, mode: str) -> Image.Image:
-    """The image in `mode`; 16-bit grey is scaled, where Pillow alone would clip it."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
-    return image.convert(mode)
+def _pixel_shape(folder: Folder, size: tuple[int, int]) -> tuple[int, int, int]:
+    return (1 if folder.grey else 3, *size)
+
+
+def _labelled(folder: Folder, split: str, pixels: Tensor | FilePixels, first_id: int) -> Images:
+    return Images(pixels, folder.labels.get(split), torch.arange(first_id, first_id + len(pixels)))
 
 
 def load_folder(
-    path: Path, test_fraction: float, size: int | None
+    path: Path, test_fraction: float, size: int | None, how: str = "auto"
 ) -> tuple[Images, Images | None, Images, tuple[str, ...]]:
     """(train, val or None, test, class names) of an image folder.
 
-    `val/` beside `test/` is the validation split; `val/` alone is the test split, as for ImageNet.
+    `val/` beside `test/` is the validation split; `val/` alone is the test split, as for ImageNet. `how`
+    images are decoded is one of `DECODE`.
     """
     folder = scan(path)
     folder.check()
     shape = (size, size) if size else default_size(folder)
-    check_memory(folder, shape)
+    take = left_in_files if stays_in_files(folder, shape, how) else decode
     splits, first_id = {}, 0
     for name in folder.files:
-        splits[name] = decode(folder, name, shape, first_id)
+        splits[name] = take(folder, name, shape, first_id)
         first_id += len(splits[name])
     if "train" in splits and len(splits) > 1:
         test = splits.pop("test") if "test" in splits else splits.pop("val")
@@ -312,20 +324,41 @@ def load_folder(
     return images[kept], None, images[held], folder.classes
 
 
-def check_memory(folder: Folder, size: tuple[int, int]) -> None:
-    """Refuse a folder whose images do not fit into the memory.
+def check_choice(how: str) -> None:
+    """Refuse a way to decode that is none.
 
     Raises:
-        DataError: they do not.
+        DataError: it is not one of `DECODE`.
     """
+    if how not in DECODE:
+        known = f"known are {', '.join(DECODE)}"
+        raise DataError(f"unknown way to decode {how!r}", known, nearest(how, DECODE) or "leave it out")
+
+
+def stays_in_files(folder: Folder, size: tuple[int, int], how: str) -> bool:
+    """Whether images are decoded afresh in every pass, rather than into memory at once.
+
+    Raises:
+        DataError: they are wanted in memory, and do not fit into it; or there is no such choice.
+    """
+    check_choice(how)
     count, root = sum(map(len, folder.files.values())), folder.root
-    needed, free = count * (1 if folder.grey else 3) * size[0] * size[1], _available_memory()
-    if free is not None and needed > 0.8 * free:
+    needed, free = count * math.prod(_pixel_shape(folder, size)), _available_memory()
+    if how == "always" or free is None:
+        return how == "always"
+    sizes = f"{needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+    if how == "auto" and needed >= _PLENTY * free:
+        log.info(
+            "the images of %s are decoded afresh in every pass: in memory they would take %s", root, sizes
+        )
+        return True
+    if needed > _MOST * free:
         raise DataError(
             f"the images of {root} do not fit into memory",
-            f"decoded they take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
-            "decode them smaller: --image-size 64",
+            f"decoded they take {sizes}",
+            "decode them afresh in every pass: --decode always, or smaller: --image-size 64",
         )
+    return False
 
 
 def _available_memory() -> int | None:
@@ -335,11 +368,3 @@ def _available_memory() -> int | None:
     except OSError:
         return None
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
-
-
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=os.cpu_count() or 1)
-
-
-def _blocks(paths: Sequence[Path]) -> list[Sequence[Path]]:
-    return [paths[start : start + _BLOCK] for start in range(0, len(paths), _BLOCK)]

@@ -5,55 +5,69 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
-from ensemble_kd.console import log
+from ensemble_kd.console import log, progress
 from ensemble_kd.data.dataset import Dataset, Images
 from ensemble_kd.data.folders import (
     EXTENSIONS,
     Folder,
-    check_memory,
     decode,
-    is_image,
+    image_names,
+    left_in_files,
     open_folder,
     read_headers,
+    stays_in_files,
 )
+from ensemble_kd.data.streams import FilePixels, Files, decoders
 from ensemble_kd.errors import DataError
 
 FIRST_ID = 1 << 32
 """Ids of unlabelled images start here, so that no labelled one has the same."""
+_NAME = "unlabelled"
+_BLOCK = 256
 
 
-def load_unlabelled(path: Path, data: Dataset) -> Images:
+def load_unlabelled(path: Path, data: Dataset, decode: str = "auto") -> Images:
     """All images in a folder or archive, in the size and the channels of `data`, without labels.
 
-    Subfolders are searched too; their names mean nothing.
+    Subfolders are searched too; their names mean nothing. `decode` is that of `load_data`.
 
     Raises:
         DataError: with everything that is wrong with the folder.
     """
     root = open_folder(path.expanduser(), "a folder of images")
-    found = sorted(file for file in root.rglob("*") if is_image(file, root))
-    if not found:
+    files = Files.of(root, list(image_names(root)))
+    if not len(files):
         raise DataError(
             f"{path} has no images",
             f"known endings: {', '.join(sorted(EXTENSIONS))}",
             "name a folder of images",
         )
-    folder = Folder(root, files={"unlabelled": [(file, 0) for file in found]})
+    folder = Folder(root, files={_NAME: files})
     read_headers(folder)
     folder.check()
     folder.grey = data.channels == 1
     height, width = data.train.pixels.shape[2:]
-    check_memory(folder, (height, width))
-    images = decode(folder, "unlabelled", (height, width), FIRST_ID)
-    _warn_of_test_images(images, data, path)
-    return Images(images.pixels, None, images.ids)
+    take = left_in_files if stays_in_files(folder, (height, width), decode) else _decoded
+    images = take(folder, _NAME, (height, width), FIRST_ID)
+    _warn_of_test_images(images, files, data, path)
+    return images
 
 
-def _warn_of_test_images(images: Images, data: Dataset, path: Path) -> None:
-    test = {_digest(pixels) for pixels in data.test.pixels.cpu()}
-    same = sum(_digest(pixels) in test for pixels in images.pixels)
+_decoded = decode  # the name of an argument above
+
+
+def _warn_of_test_images(images: Images, files: Files, data: Dataset, path: Path) -> None:
+    if isinstance(data.test.pixels, FilePixels):
+        same = _same_files(files, data.test.pixels)
+    elif isinstance(images.pixels, FilePixels):
+        log.info("%s is not searched for test images: its images are decoded only when they are used", path)
+        return
+    else:
+        test = {_digest(pixels) for pixels in data.test.pixels.cpu()}
+        same = sum(_digest(pixels) in test for pixels in images.pixels)
     if same:
         log.warning(
             "%d of the images in %s are test images too: what is measured on them is too good", same, path
@@ -62,3 +76,22 @@ def _warn_of_test_images(images: Images, data: Dataset, path: Path) -> None:
 
 def _digest(pixels: Tensor) -> bytes:
     return hashlib.blake2b(pixels.contiguous().numpy().data, digest_size=16).digest()
+
+
+def _same_files(files: Files, test: FilePixels) -> int:
+    """How many files are copies of those of `test`, by their lengths and last bytes: nothing is decoded."""
+    lists = test.files()
+    known = {end for part, positions in lists for end in _ends(part, positions)}
+    lengths = np.concatenate([part.lengths[positions] for part, positions in lists])
+    alike = np.isin(files.lengths, lengths).nonzero()[0]
+    return sum(end in known for end in _ends(files, alike))
+
+
+def _ends(files: Files, positions: np.ndarray) -> list[tuple[int, bytes]]:
+    blocks = [positions[start : start + _BLOCK].tolist() for start in range(0, len(positions), _BLOCK)]
+    with progress("looking for test images", len(positions)) as advance, decoders() as pool:
+        found = []
+        for block in pool.map(files.ends, blocks):
+            found += block
+            advance(len(block))
+    return found

@@ -1,0 +1,57 @@
+"""A CUDA graph of a whole training step: recorded once, then replayed without launching its kernels one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ensemble_kd.console import log
+
+WARM_UP = 3
+
+
+class Replayed:
+    """`work` as it is for the first calls, then recorded and replayed.
+
+    `work` must do the same operations on the same tensors in each call, and never wait for the device.
+    Where it cannot be recorded, it goes on as it is, and says so.
+    """
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work, self._calls = work, 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        """Do the work once."""
+        if self._graph is not None:
+            self._graph.replay()
+            return
+        self._calls += 1
+        if self._calls == WARM_UP + 1:
+            self._record()
+        if self._graph is not None:
+            self._graph.replay()
+        elif self._calls <= WARM_UP:
+            self._warm_up()
+        else:
+            self._work()
+
+    def _warm_up(self) -> None:
+        """On a stream of its own, as recording will be; these are real steps."""
+        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            self._work()
+        current.wait_stream(stream)
+
+    def _record(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self._work()
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            log.warning("steps are not recorded as a CUDA graph: %s", str(error).splitlines()[0])
+            return
+        self._graph = graph

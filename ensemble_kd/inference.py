@@ -1,0 +1,38 @@
+"""What a classifier in eval mode says to whole splits, in float32 and in batches that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ensemble_kd.classifier import Classifier
+from ensemble_kd.data.dataset import Images
+from ensemble_kd.features import FeatureTap
+
+EVAL_BATCH = 512
+
+
+def predict(model: Classifier, images: Images) -> Tensor:
+    """Logits (N, C), float32, of all images in order; the model must be in eval mode."""
+    return torch.cat(list(_logits(model, images)))
+
+
+def predict_with_features(model: Classifier, images: Images, tap: FeatureTap) -> tuple[Tensor, Tensor]:
+    """`predict`, with the penultimate features (N, D), float32, from an entered `tap` on the model."""
+    pairs = [(logits, tap.take().float()) for logits in _logits(model, images)]
+    logits, features = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    return logits, features
+
+
+def batch_for(size: tuple[int, int]) -> int:
+    """How many images of that input size go through a network at once, so that activations stay small."""
+    height, width = size
+    return max(8, min(EVAL_BATCH, EVAL_BATCH * 64**2 // (height * width)))
+
+
+@torch.inference_mode()
+def _logits(model: Classifier, images: Images) -> Iterator[Tensor]:
+    for batch in images.batches(batch_for(model.card.preprocess.size)):
+        yield model(batch.pixels).float()

@@ -1,0 +1,133 @@
+"""The teachers of a run: loaded, combined on the validation split, and stored where their outputs are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ensemble_kd import config
+from ensemble_kd.errors import ConfigError
+from ensemble_kd.models import ModelName
+from ensemble_kd.schema import DistillOptions
+from ensemble_kd.setting import Objects, Setting, prepare, running_of, teacher_of
+from ensemble_kd.teachers.building import Keeping
+from ensemble_kd.teachers.combination import best_alone, set_up
+from ensemble_kd.teachers.ensemble import Ensemble, Teacher
+from ensemble_kd.teachers.store import Store
+from ensemble_kd.teachers.targets import StoredTargets
+
+OTHER_SEEDS = 1000
+"""What is added to the teachers' seeds for the control `independent`."""
+
+
+@dataclass(frozen=True)
+class Judges:
+    """An ensemble, its logits (K, N, C) on the validation split, and what is stored of its teachers."""
+
+    ensemble: Ensemble
+    val_logits: Tensor
+    stores: list[Store] = field(default_factory=list)
+
+    def store(self, setting: Setting) -> None:
+        """Run the teachers on all stored views, as far as that was not done before, and let go of them."""
+        targets = self.stored(self.ensemble, setting)
+        targets.build()
+        self.stores[:] = targets.stores
+        self.ensemble.release()
+
+    def stored(self, ensemble: Ensemble, setting: Setting) -> StoredTargets:
+        """What is stored, as targets of an ensemble of the same teachers."""
+        keeping = Keeping(setting.data.name, setting.options.top_k)
+        return StoredTargets(ensemble, setting.transfer, setting.viewing, keeping, list(self.stores))
+
+
+def teachers_of(names: Sequence[ModelName | None], setting: Setting) -> list[Teacher]:
+    """The teachers by their names, and where there is none, as they were given."""
+    return [
+        setting.given[label] if name is None else _teacher(name, setting)
+        for label, name in zip(setting.options.teachers, names, strict=True)
+    ]
+
+
+def of_other_seeds(names: Sequence[ModelName | None], setting: Setting) -> list[Teacher]:
+    """Teachers of the same names and other seeds."""
+    default = setting.options.teacher_seed
+    seeds = [(name, default if name.seed is None else name.seed) for name in names if name is not None]
+    return [_teacher(replace(name, seed=seed + OTHER_SEEDS), setting, seed) for name, seed in seeds]
+
+
+def _teacher(name: ModelName, setting: Setting, seed: int | None = None) -> Teacher:
+    seed = setting.options.teacher_seed if seed is None else seed
+    return teacher_of(name, setting.options, setting.data, seed, setting.device)
+
+
+def combined(teachers: Sequence[Teacher], setting: Setting) -> Judges:
+    """The teachers as an ensemble, with all that is fitted on the validation split."""
+    teachers = [replace(teacher, running=running_of(setting.options)) for teacher in teachers]
+    val, options = setting.data.val, setting.options
+    temperatures = torch.tensor([setting.temperatures[teacher.label] for teacher in teachers])
+    logits = torch.stack([teacher.all_logits(val) for teacher in teachers])
+    ensemble = set_up(
+        teachers,
+        temperatures,
+        setting.combination,
+        logits,
+        val.known_labels,
+        seed=options.seed,
+        features=options.feature_weight > 0,
+    )
+    if "best-teacher" in options.controls:
+        best_alone(ensemble, logits, val.known_labels)  # refuses here what would fail after the student
+    return Judges(ensemble, logits)
+
+
+def build_targets(
+    teachers: str | Sequence[str | Teacher] | None = None,
+    *,
+    config_file: str | Path | None = None,
+    sets: Sequence[str] = (),
+    **options: Any,
+) -> dict[str, Any]:
+    """Run the teachers on all views of the training images, and keep what they say for later runs.
+
+    Args:
+        teachers: names (see `models.parse`), or `Teacher` objects.
+        config_file: YAML with any of the options.
+        sets: assignments such as `"views=16"`.
+        options: the fields of `schema.DistillOptions`; with the same ones `distill` finds what is built here.
+
+    Returns:
+        `data`, `images`, `policy`, `mix`, `views`, and `teachers`: a row for each with `teacher`, `folder`
+        and `bytes`.
+
+    Raises:
+        EkdError: options, data or teachers cannot be used, nothing is to be stored, or the disk is full.
+    """
+    listed = [teachers] if isinstance(teachers, str) else teachers
+    given = {t.label: t for t in listed or () if isinstance(t, Teacher)}
+    if listed is not None:
+        options["teachers"] = [t.label if isinstance(t, Teacher) else t for t in listed]
+    file = Path(config_file) if config_file else None
+    chosen = config.resolve(DistillOptions, options, file=file, sets=sets)
+    setting, names = prepare(chosen, Objects(given))
+    if not setting.viewing.count:
+        raise ConfigError("views: 0 stores nothing", "fresh views are seen once", "say --views 1 or more")
+    judges = combined(teachers_of(names, setting), setting)
+    judges.store(setting)
+    viewing, stores = setting.viewing, zip(judges.ensemble.teachers, judges.stores, strict=True)
+    return {
+        "data": setting.data.name,
+        "images": len(setting.transfer),
+        "policy": viewing.policy,
+        "mix": viewing.mix,
+        "views": viewing.count,
+        "teachers": [
+            {"teacher": t.label, "folder": str(s.folder), "bytes": s.layout.view_bytes * viewing.count}
+            for t, s in stores
+        ],
+    }

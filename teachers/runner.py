@@ -1,0 +1,159 @@
+"""A frozen teacher at full speed: folded, channels-last, in bf16 where that is native, in batches that fit."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ensemble_kd.classifier import Classifier
+from ensemble_kd.console import log
+from ensemble_kd.errors import ModelError
+from ensemble_kd.features import FeatureTap, head_of
+from ensemble_kd.inference import batch_for
+
+_PROBE = 8
+_FOLDING_ERROR = 1e-3
+"""The largest relative change of a logit that folding may make."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """How teachers are run for targets."""
+
+    batch: int | None = None
+    """Images at a time; None chooses by the input's size. Halved where the memory does not suffice."""
+    precision: str = "auto"
+    """`float32`, `bfloat16`, or `auto`: bfloat16 where the device computes in it natively."""
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """The type that the network computes in on that device."""
+        if self.precision == "auto":
+            return torch.bfloat16 if _native_bfloat16(device) else torch.float32
+        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+
+
+class Answers(NamedTuple):
+    """What a network itself says to B images: logits (B, C), features (B, D) if wanted; float32."""
+
+    logits: Tensor
+    features: Tensor | None = None
+
+
+class Runner:
+    """A network set up for inference alone; the classifier it is made from stays as it is."""
+
+    def __init__(
+        self, classifier: Classifier, label: str, device: torch.device, running: Running, *, own_code: bool
+    ) -> None:
+        """With `own_code` the network is a user's, whose code is run as it is: nothing is folded."""
+        self.device, self._dtype = device, running.dtype(device)
+        self._net = (None if own_code else folded(classifier)) or classifier
+        self._net = self._net.to(device)
+        if device.type in ("cuda", "cpu") and not own_code:
+            self._net.to(memory_format=torch.channels_last)
+        self.is_folded = self._net is not classifier
+        self._batch = running.batch or batch_for(classifier.card.preprocess.size)
+        self._label = label
+        self._tap: FeatureTap | None = None
+        self._contexts: list[AbstractContextManager[object]] = []
+        if self._dtype != torch.float32:
+            head = _Float32Head(self._net, label, device)
+            self._contexts = [torch.autocast(device.type, self._dtype), head]
+
+    def __call__(self, pixels: Tensor, features: bool = False) -> Answers:
+        """The answers to images (B, C, H, W), uint8 or float in [0, 1], on the runner's device."""
+        if features and self._tap is None:
+            self._tap = FeatureTap(self._net, self._label)
+        while True:
+            try:
+                parts = [self._run(part, features) for part in pixels.split(self._batch)]
+                break
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                self._halve(error, min(self._batch, len(pixels)))
+        logits, kept = zip(*parts, strict=True)
+        return Answers(torch.cat(logits), torch.cat(kept) if features else None)
+
+    @torch.inference_mode()
+    def _run(self, pixels: Tensor, features: bool) -> tuple[Tensor, Tensor]:
+        with ExitStack() as stack:
+            for context in self._contexts:
+                stack.enter_context(context)
+            tap = stack.enter_context(self._tap) if features and self._tap else None
+            logits = self._net(pixels).float()
+            return logits, tap.take().float() if tap else logits
+
+    def _halve(self, error: RuntimeError, tried: int) -> None:
+        text = str(error)
+        short = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text
+        if not short or tried <= 1:
+            raise error
+        self._batch = tried // 2
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        log.warning("teacher %s: %d images at a time are too many, going on with %d",
+                    self._label, tried, self._batch)  # fmt: skip
+
+
+def folded(classifier: Classifier) -> Classifier | None:
+    """A copy with each BatchNorm that follows a convolution folded into it; None where that cannot be had.
+
+    By torch.fx, so that only networks whose forward pass is the same for all images are folded; the copy
+    is held against the original on random images.
+    """
+    from torch.fx.experimental.optimization import fuse
+
+    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in classifier.net.modules()):
+        return None
+    pre, device = classifier.card.preprocess, next(classifier.parameters()).device
+    try:
+        net = fuse(copy.deepcopy(classifier.net).eval())
+    except Exception as error:  # fx cannot trace every network, and raises many kinds
+        log.debug("batch normalisation is not folded: %s", error)
+        return None
+    copied = Classifier(net, classifier.card).freeze().to(device)
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randint(0, 256, (_PROBE, pre.channels, *pre.size), dtype=torch.uint8, generator=generator)
+    with torch.inference_mode():
+        wanted, got = (one(probe.to(device)).float() for one in (classifier, copied))
+    apart = float((wanted - got).abs().amax() / wanted.abs().amax().clamp_min(1e-6))
+    return copied if apart <= _FOLDING_ERROR else None
+
+
+class _Float32Head:
+    """While entered, the last layer runs outside of autocast: its rounding to bf16 would be seen in targets."""
+
+    def __init__(self, net: Classifier, label: str, device: torch.device) -> None:
+        self._kind, self._hooks = device.type, ExitStack()
+        try:
+            self._head: nn.Module | None = head_of(net, label)
+        except ModelError:  # a network of another kind: all of it runs in bf16
+            self._head = None
+
+    def __enter__(self) -> None:
+        if self._head is not None:
+            for hook in (
+                self._head.register_forward_pre_hook(self._before),
+                self._head.register_forward_hook(self._after),
+            ):
+                self._hooks.callback(hook.remove)
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.close()
+
+    def _before(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        torch.set_autocast_enabled(self._kind, False)
+        return tuple(x.float() for x in inputs)
+
+    def _after(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        torch.set_autocast_enabled(self._kind, True)
+
+
+def _native_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return bool(torch.cpu._is_avx512_bf16_supported())
