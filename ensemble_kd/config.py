@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from ensemble_kd.errors import ConfigError, Problem, listing, nearest
-from ensemble_kd.schema import Options
+from ensemble_kd.fields import Options
 
 M = TypeVar("M", bound=Options)
 

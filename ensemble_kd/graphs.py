@@ -47,10 +47,13 @@ class Replayed:
 
     def _record(self) -> None:
         graph = torch.cuda.CUDAGraph()
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        state = generator.clone_state()
         try:
             with torch.cuda.graph(graph):
                 self._work()
         except RuntimeError as error:
+            generator.graphsafe_set_state(state)  # which would wait for the end of the recording for ever
             torch.cuda.synchronize()
             log.warning("steps are not recorded as a CUDA graph: %s", str(error).splitlines()[0])
             return

@@ -85,7 +85,9 @@ def build(stores: Sequence[Store], ensemble: Ensemble, train: Images, viewing: V
     if all(store.views >= views for store in stores):
         return
     with ExitStack() as locks:
-        for store in stores:
+        for store in sorted(
+            stores, key=lambda store: store.folder
+        ):  # so that no two runs wait for each other
             locks.enter_context(store.building(views))
         left = {view_id: [store.missing(view_id) for store in stores] for view_id in range(views)}
         left = {view_id: missing for view_id, missing in left.items() if any(missing)}
@@ -139,7 +141,6 @@ class _Writer:
             if features
             else None
         )
-        self._teacher.check_finite(logits, kept)
         if self._store.layout.top_k is not None:
             logits = self._teacher.mapped(logits)
         self._store.put(self._view, self._shard, logits, kept)

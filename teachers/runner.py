@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.console import log
@@ -105,16 +107,15 @@ def folded(classifier: Classifier) -> Classifier | None:
     By torch.fx, so that only networks whose forward pass is the same for all images are folded; the copy
     is held against the original on random images.
     """
-    from torch.fx.experimental.optimization import fuse
-
-    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in classifier.net.modules()):
+    if not any(type(module) is nn.BatchNorm2d for module in classifier.net.modules()):
         return None
     pre, device = classifier.card.preprocess, next(classifier.parameters()).device
     try:
-        net = fuse(copy.deepcopy(classifier.net).eval())
+        net = fx.symbolic_trace(copy.deepcopy(classifier.net).eval())
     except Exception as error:  # fx cannot trace every network, and raises many kinds
         log.debug("batch normalisation is not folded: %s", error)
         return None
+    _fold(net)
     copied = Classifier(net, classifier.card).freeze().to(device)
     generator = torch.Generator().manual_seed(0)
     probe = torch.randint(0, 256, (_PROBE, pre.channels, *pre.size), dtype=torch.uint8, generator=generator)
@@ -122,6 +123,24 @@ def folded(classifier: Classifier) -> Classifier | None:
         wanted, got = (one(probe.to(device)).float() for one in (classifier, copied))
     apart = float((wanted - got).abs().amax() / wanted.abs().amax().clamp_min(1e-6))
     return copied if apart <= _FOLDING_ERROR else None
+
+
+def _fold(net: fx.GraphModule) -> None:
+    """Fold in place, where nothing else reads what the convolution gives."""
+    modules = dict(net.named_modules())
+    calls = Counter(node.target for node in net.graph.nodes if node.op == "call_module")
+    for node in list(net.graph.nodes):
+        before = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
+            continue
+        conv, norm = modules[str(before.target)], modules[str(node.target)]
+        once = calls[before.target] == calls[node.target] == 1
+        if once and isinstance(conv, nn.Conv2d) and type(norm) is nn.BatchNorm2d:
+            net.set_submodule(str(before.target), fuse_conv_bn_eval(conv, norm))
+            node.replace_all_uses_with(before)
+            net.graph.erase_node(node)
+    net.delete_all_unused_submodules()
+    net.recompile()
 
 
 class _Float32Head:

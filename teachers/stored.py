@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -110,11 +111,7 @@ def prune_targets(
         row = _row(folder)
         if before is None or row["used"] < before:
             (removed if _remove(folder, dry_run) else in_use).append(row)
-    leftovers = {str(folder): _size(folder) for folder in _leftovers() if _remove(folder, dry_run)}
-    if (earlier := files.cache_dir() / "outputs").is_dir():  # where outputs lay before there was a store
-        leftovers[str(earlier)] = _size(earlier)
-        if not dry_run:
-            shutil.rmtree(earlier)
+    leftovers = _sweep(dry_run)
     return {
         "removed": removed,
         "in_use": in_use,
@@ -245,8 +242,12 @@ def _verified(folder: Path) -> dict[str, Any]:
     return about | {"shards": len(named), "damaged": damaged}
 
 
-def _leftovers() -> list[Path]:
-    """Folders that no later run will use: temporary stores, and stores that never began."""
+def _sweep(dry_run: bool) -> dict[str, int]:
+    """Remove folders that no later run will use; returns their sizes in bytes.
+
+    These are temporary stores of processes that were killed, stores that never began, and `outputs`,
+    where outputs lay before there was a store.
+    """
     born = time.time() - _NEWBORN
     temporary = [
         path
@@ -254,7 +255,13 @@ def _leftovers() -> list[Path]:
         if path.stat().st_mtime < born and path.stat().st_uid == os.getuid()
     ]
     begun = [path for path in targets_dir().glob("*/") if not (path / "store.json").exists()]
-    return sorted(temporary + begun)
+    sizes = {path: _size(path) for path in sorted(temporary + begun)}
+    swept = {str(path): size for path, size in sizes.items() if _remove(path, dry_run)}
+    if (earlier := files.cache_dir() / "outputs").is_dir():
+        swept[str(earlier)] = _size(earlier)
+        if not dry_run:
+            shutil.rmtree(earlier)
+    return swept
 
 
 def _remove(folder: Path, dry_run: bool) -> bool:
@@ -271,7 +278,11 @@ def _remove(folder: Path, dry_run: bool) -> bool:
 
 def _size(folder: Path) -> int:
     """Bytes on the disk; less than the lengths of sparse files."""
-    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+    size = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # a temporary name that is just renamed by who builds
+            size += path.stat().st_blocks * 512
+    return size
 
 
 def _stamp(seconds: float) -> str:

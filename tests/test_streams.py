@@ -577,6 +577,8 @@ def test_labelled_and_unlabelled_images_are_joined_wherever_they_are(kinds, stre
     assert same(again, joined(expected, expected))
     digests = {part.digest for part in (both, again, both[index], both[torch.arange(len(both))])}
     assert len(digests) == 3
+    alike = replace(both, labels=None, ids=torch.zeros_like(both.ids))
+    assert alike[torch.tensor([0, -1])].digest != alike[torch.tensor([-1, 0])].digest
 
 
 def test_fields_of_mixed_images_are_carried_along(streamed):
@@ -639,6 +641,17 @@ def test_inspection_lists_what_it_meets_in_files(copy):
     assert errors == [
         message(f"cannot read {copy / 'train/cat/large.jpg'}", why, "replace or delete the file")
     ]
+
+
+def test_positions_on_a_device_are_read_many_at_a_time():
+    asked = []
+    chunks = (asked.append(number) or torch.arange(number) for number in range(600))
+    pairs = streams._with_copies(chunks, torch.device("cuda"))
+    for number, (chunk, copy) in enumerate(pairs):
+        assert chunk.equal(torch.arange(number))
+        assert copy.equal(chunk)
+        assert len(asked) in (256, 512, 600)
+    assert number == 599
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

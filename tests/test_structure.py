@@ -23,7 +23,10 @@ LEVELS = [
         "losses", "combine", "weighting", "calibration", "metrics", "initialise", "students", "forms",
         "fields", "schema", "device", "imagenet", "topk", "fused", "profiling", "graphs",
     },
-    {"config", "classifier", "models", "features", "data.views", "data.archives", "data.streams", "data.dataset"},
+    {
+        "config", "classifier", "models", "features", "data.hashing", "data.crops", "data.mixing", "data.trivial",
+        "data.views", "data.archives", "data.streams", "data.dataset",
+    },
     {
         "data.folders", "data.unlabelled", "data.sources", "weights", "pretrained", "data", "data.inspect",
         "curves", "objective", "inference", "stepping",

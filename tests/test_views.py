@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from ensemble_kd.data.views import POLICIES, hash_samples, order, uniform, view
+from ensemble_kd.data.hashing import below, hash_streams, uniforms
+from ensemble_kd.data.views import (
+    MIXES,
+    POLICIES,
+    VERSION,
+    hash_samples,
+    mix,
+    order,
+    partners,
+    uniform,
+    view,
+)
 
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
 MANY = torch.arange(20_000)
+SHAPES = [(1, 8, 8), (3, 32, 32), (3, 24, 41), (2, 5, 3), (1, 1, 1)]
 
 
-def mix(state: int) -> int:
+def splitmix(state: int) -> int:
     """The output function of splitmix64, in unsigned integers."""
     state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & MASK
@@ -27,8 +41,8 @@ def mix(state: int) -> int:
 def reference_hash(seed: int, view_id: int, sample: int, stream: int) -> int:
     state = sample & MASK
     for part in (seed, view_id, stream):
-        state = mix((state + GOLDEN) & MASK) ^ (part & MASK)
-    return mix((state + GOLDEN) & MASK)
+        state = splitmix((state + GOLDEN) & MASK) ^ (part & MASK)
+    return splitmix((state + GOLDEN) & MASK)
 
 
 def reference_uniform(seed: int, view_id: int, sample: int, stream: int) -> float:
@@ -51,7 +65,7 @@ def pictures(count: int, channels: int = 1, height: int = 8, width: int = 8) -> 
 
 
 def test_the_reference_gives_the_published_numbers_of_splitmix64() -> None:
-    outputs = [mix((1234567 + step * GOLDEN) & MASK) for step in (1, 2, 3)]
+    outputs = [splitmix((1234567 + step * GOLDEN) & MASK) for step in (1, 2, 3)]
     assert outputs == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
@@ -99,23 +113,27 @@ def test_neighbouring_seeds_views_streams_and_samples_are_unrelated() -> None:
         assert abs(np.corrcoef(first, second)[0, 1]) < bound, (a, b)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_a_view_depends_on_nothing_but_seed_view_and_sample(policy: str) -> None:
-    images, ids = pictures(40, channels=3), torch.arange(100, 140)
-    options = {"policy": policy, "seed": 5, "view_id": 2}
-    together = view(images, ids, **options)
-    turned = torch.randperm(40, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(view(images[turned], ids[turned], **options), together[turned])
-    for size in (1, 7):
-        parts = [
-            view(images[i : i + size], ids[i : i + size], **options) for i in range(0, len(images), size)
-        ]
-        assert torch.equal(torch.cat(parts), together)
-    torch.manual_seed(99)
-    assert torch.equal(view(images, ids, **options), together)
+@pytest.mark.parametrize("first", [-1, 0, 7])
+def test_streams_hashed_together_are_those_hashed_alone(first: int) -> None:
+    ids = torch.arange(-3, 50)
+    together = hash_streams(-5, 7, ids, first, 4)
+    assert torch.equal(together, torch.stack([hash_samples(-5, 7, ids, first + s) for s in range(4)]))
+    numbers = uniforms(-5, 7, ids, first, 4)
+    assert torch.equal(numbers, torch.stack([uniform(-5, 7, ids, first + s) for s in range(4)]))
+    assert torch.equal(ids, torch.arange(-3, 50))  # and the ids are left as they are
 
 
-@pytest.mark.parametrize("policy", ["crop", "crop-flip"])
+@pytest.mark.parametrize("count", [*range(1, 40), 224, 257, 2**20, 2**24 - 1, 2**24])
+def test_integers_stay_below_their_count(count: int) -> None:
+    numbers = torch.tensor([0, 0.5, 1 - 2**-24])
+    assert below(numbers, count).tolist() == [0, count // 2, count - 1]
+
+
+def test_integers_below_counts_of_their_own() -> None:
+    assert below(torch.tensor([0.5, 0.9, 0.999]), torch.tensor([1, 2, 3])).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("policy", POLICIES[1:])
 @pytest.mark.parametrize("changed", [{"seed": 1}, {"view_id": 1}])
 def test_another_seed_or_view_gives_other_pixels(policy: str, changed: dict[str, int]) -> None:
     images, ids = pictures(100), torch.arange(100)
@@ -131,10 +149,12 @@ def test_policy_none_returns_the_images() -> None:
 
 @pytest.mark.parametrize("policy", ["crop", "crop-flip"])
 @pytest.mark.parametrize(
-    ("channels", "height", "width"), [(1, 8, 8), (3, 8, 8), (1, 28, 28), (3, 32, 32), (3, 24, 40), (1, 5, 3)]
+    ("channels", "height", "width"),
+    [(1, 8, 8), (3, 8, 8), (1, 28, 28), (3, 32, 32), (3, 24, 40), (1, 5, 3), (2, 1, 1), (3, 224, 224)],
 )
 def test_a_view_is_a_slice_of_the_padded_image(policy: str, channels: int, height: int, width: int) -> None:
-    images, ids = pictures(30, channels, height, width), torch.arange(7, 37)
+    count = 30 if height < 200 else 4
+    images, ids = pictures(count, channels, height, width), torch.arange(7, 7 + count)
     ours = view(images, ids, policy=policy, seed=-3, view_id=1)
     expected = [
         reference_view(image.numpy(), int(sample), policy, -3, 1)
@@ -144,9 +164,10 @@ def test_a_view_is_a_slice_of_the_padded_image(policy: str, channels: int, heigh
     np.testing.assert_array_equal(ours, np.stack(expected))
 
 
-def test_memory_layout_does_not_matter() -> None:
-    images, ids = pictures(10, 3), torch.arange(10)
-    options = {"policy": "crop-flip", "seed": 0, "view_id": 0}
+@pytest.mark.parametrize("policy", POLICIES)
+def test_memory_layout_does_not_matter(policy: str) -> None:
+    images, ids = pictures(40, 3), torch.arange(40)
+    options = {"policy": policy, "seed": 0, "view_id": 0}
     for same in (images.contiguous(memory_format=torch.channels_last), images.mT.contiguous().mT):
         assert torch.equal(view(same, ids, **options), view(images, ids, **options))
 
@@ -170,8 +191,79 @@ def test_about_half_of_the_images_are_mirrored() -> None:
 
 
 def test_an_unknown_policy_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^unknown policy 'flip'; known: none, crop, crop-flip$"):
+    with pytest.raises(
+        ValueError, match=r"^unknown policy 'flip'; known: none, crop, crop-flip, rrc, trivial$"
+    ):
         view(pictures(1), torch.arange(1), policy="flip", seed=0, view_id=0)
+
+
+def taken(everything: Tensor, rows: Tensor, policy: str, kind: str) -> tuple[Tensor, Tensor]:
+    """Views of the images at some rows, mixed with views of their partners, as training makes them."""
+    ids = rows + 100
+    others = partners(ids, len(everything), seed=5, view_id=2)
+    options = {"policy": policy, "seed": 5, "view_id": 2}
+    first, second = (view(everything[r], r + 100, **options) for r in (rows, others))
+    return mix(first, second, ids, kind=kind, seed=5, view_id=2)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kind", MIXES)
+def test_pixels_depend_on_nothing_but_seed_view_and_sample(policy: str, kind: str) -> None:
+    images = pictures(512, 3, 9, 8)
+    before, state = images.clone(), torch.get_rng_state()
+    pixels, share = taken(images, torch.arange(512), policy, kind)
+    turned = torch.randperm(512, generator=torch.Generator().manual_seed(1))
+
+    def same(rows: Tensor) -> bool:
+        own, parts = taken(images, rows, policy, kind)
+        return torch.equal(own, pixels[rows]) and torch.equal(parts, share[rows])
+
+    chunks = [turned, *turned.split(64), *turned.split(7)[:10], *turned.split(1)[:10]]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(same, chunks))
+    assert torch.equal(images, before)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kind", MIXES)
+def test_nothing_waits_for_another_device(policy: str, kind: str) -> None:
+    """Tensors without values can be neither read nor counted: what they cannot do would wait for a GPU."""
+    images, ids = (t.to("meta") for t in (pictures(6, 3), torch.arange(6)))
+    seen = view(images, ids, policy=policy, seed=0, view_id=0)
+    pixels, share = mix(seen, seen, ids, kind=kind, seed=0, view_id=0)
+    assert (pixels.shape, pixels.dtype, share.shape) == (images.shape, torch.uint8, (6,))
+    assert partners(ids, 9, seed=0, view_id=0).shape == (6,)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_images_of_any_shape_and_no_images(policy: str, shape: tuple[int, int, int]) -> None:
+    images, ids = pictures(30, *shape), torch.arange(30)
+    assert view(images, ids, policy=policy, seed=0, view_id=0).shape == images.shape
+    assert view(images[:0], ids[:0], policy=policy, seed=0, view_id=0).shape == (0, *shape)
+
+
+DIGESTS = {
+    "crop": "c00da548ddc70763",
+    "crop-flip": "f8ac5f3adf058cf5",
+    "rrc": "d0cedb2c08902741",
+    "trivial": "55c72fb2b0cf503b",
+    "mixup": "373878d31671b8a5",
+    "cutmix": "dc6cfcb15520d78b",
+}
+
+
+@pytest.mark.parametrize("name", DIGESTS)
+def test_pixels_are_those_of_this_version(name: str) -> None:
+    """Stored outputs of teachers belong to these pixels: where they must change, raise `views.VERSION`."""
+    ids, options = torch.arange(600), {"seed": 3, "view_id": 4}
+    images = ((torch.arange(600 * 3 * 16 * 12) * 2654435761 >> 11) % 256).to(torch.uint8).view(600, 3, 16, 12)
+    if name in POLICIES:
+        pixels = view(images, ids, policy=name, **options)
+    else:
+        pixels, _ = mix(images, images[partners(ids, 600, **options)], ids, kind=name, **options)
+    assert (VERSION, hashlib.sha256(pixels.numpy()).hexdigest()[:16]) == (1, DIGESTS[name])
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**63, -(2**64) - 1])

@@ -14,7 +14,7 @@ import typer
 from ensemble_kd import console
 from ensemble_kd.config import SHORT
 from ensemble_kd.errors import EkdError
-from ensemble_kd.schema import Options
+from ensemble_kd.fields import Options
 
 STOPPED = 75
 NO_TRAIN = {"train_teachers": ("--no-train", "fail where a teacher would have to be trained")}

@@ -33,13 +33,14 @@ def shifted(
     count, channels, height, width = images.shape
     pad = max(1, min(height, width) // 8)
     draws = uniforms(seed, view_id, sample_ids, SHIFT, 3)
-    top, left = below(draws[:2], 2 * pad + 1)[:, :, None, None]
-    # Rows of views are runs of the padded pixels, which index_select copies whole: on a CPU five times as
+    top, left = below(draws[:2], 2 * pad + 1)
+    # A row of a view is a run of the padded pixels, which index_select copies whole: on a CPU five times as
     # fast as a gather of single pixels, whose indices are eight times as large as what they fetch.
     runs = F.pad(images, (pad, pad, pad, pad)).flatten().unfold(0, width, 1)
-    planes = torch.arange(count * channels, device=images.device).view(count, channels, 1)
-    rows = planes * (height + 2 * pad) + torch.arange(height, device=images.device) + top
-    starts = rows * (width + 2 * pad) + left
+    line, plane = width + 2 * pad, (width + 2 * pad) * (height + 2 * pad)
+    planes = torch.arange(0, count * channels * plane, plane, device=images.device)
+    lines = torch.arange(0, height * line, line, device=images.device)
+    starts = planes.view(count, channels, 1) + (top * line + left)[:, None, None] + lines
     cropped = runs.index_select(0, starts.flatten()).view(images.shape)
     return either(cropped.flip(3), cropped, (draws[2] < 0.5)[:, None, None, None]) if mirror else cropped
 
@@ -48,7 +49,7 @@ def either(
     first: UInt8[Tensor, "B C H W"], second: UInt8[Tensor, "B C H W"], where: Bool[Tensor, "B _ _ _"]
 ) -> UInt8[Tensor, "B C H W"]:
     """The first one's pixels where that is true, else the second one's."""
-    # On bytes of all ones or none: torch.where decides each byte by itself, twenty times slower on a CPU.
+    # On bytes of all ones or none: torch.where decides each byte by itself, which is many times slower on a CPU.
     return (first ^ second).bitwise_and_(-where.to(torch.uint8)).bitwise_xor_(second)
 
 
@@ -105,7 +106,9 @@ def _taps(
 
 
 def _resampled(
-    images: UInt8[Tensor, "B C H W"], down: tuple[Tensor, Tensor, Tensor], across: tuple[Tensor, Tensor, Tensor]
+    images: UInt8[Tensor, "B C H W"],
+    down: tuple[Tensor, Tensor, Tensor],
+    across: tuple[Tensor, Tensor, Tensor],
 ) -> UInt8[Tensor, "B C H W"]:
     shape = images.shape
     # Rows first: whole rows are copied from bytes, and only the second step must pick single integers.

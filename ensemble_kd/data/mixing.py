@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from ensemble_kd.data.crops import either
@@ -36,7 +36,8 @@ def mix(
     """Each image mixed with its other one, and the exact share (B,) of the first in it.
 
     `mixup` blends by λ in 256ths, rounded to the nearest grey level; `cutmix` puts a box of 1 − λ of the
-    area, around a random pixel and clipped to the image, from the other one; `none` returns the images.
+    area, around a random pixel and clipped to the image, from the other one (sides to the nearest pixel,
+    where the paper's code takes the next even number below); `none` returns the images.
 
     Raises:
         ValueError: for an unknown kind.
@@ -60,23 +61,26 @@ def _blended(
 
 
 def _pasted(
-    images: UInt8[Tensor, "B C H W"], others: UInt8[Tensor, "B C H W"], draws: Float[Tensor, "three B"]
+    images: UInt8[Tensor, "B C H W"], others: UInt8[Tensor, "B C H W"], draws: Float[Tensor, "3 B"]
 ) -> tuple[UInt8[Tensor, "B C H W"], Float[Tensor, " B"]]:
     height, width = images.shape[2:]
-    reach = (1 - draws[0]).sqrt() / 2  # half the side of a box of 1 − λ of the area
-    rows, tall = _span(below(draws[1], height), reach, height)
-    columns, wide = _span(below(draws[2], width), reach, width)
+    side = (1 - draws[0]).sqrt()
+    rows, tall = _span(below(draws[1], height), side, height)
+    columns, wide = _span(below(draws[2], width), side, width)
     box = rows[:, None, :, None] & columns[:, None, None, :]
     pixels = either(others, images, box)
     kept = (height * width - tall * wide).float()
+    # By a tensor: a GPU divides by a number as it multiplies by its rounded inverse.
     return pixels, kept / torch.full_like(kept, height * width)
 
 
 def _span(
-    centre: Int[Tensor, " B"], reach: Float[Tensor, " B"], size: int
-) -> tuple[torch.Tensor, Int[Tensor, " B"]]:
-    """Which of `size` places lie in the box (B, size), and how many."""
-    half = below(reach, size)
-    first, stop = (centre - half).clamp(min=0), (centre + half).clamp(max=size)
+    centre: Int[Tensor, " B"], side: Float[Tensor, " B"], size: int
+) -> tuple[Bool[Tensor, "B S"], Int[Tensor, " B"]]:
+    """Which of `size` places lie in a box of that share of them around a centre, and how many."""
+    length = (side * size).round().long()
+    first = centre - length // 2
+    stop = (first + length).clamp(max=size)
+    first = first.clamp(min=0)
     places = torch.arange(size, device=centre.device)
     return (places >= first[:, None]) & (places < stop[:, None]), stop - first

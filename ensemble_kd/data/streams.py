@@ -31,7 +31,7 @@ _TAIL = 4096
 _GAP = 3  # Pillow's documentation calls a reduction up to this times the size as good as none
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Files:
     """Image files below one folder, in a fixed order: a few bytes an image, shared by all splits of them."""
 
@@ -91,7 +91,7 @@ class Files:
         return keys
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Held:
     """Decoded images in memory, beside others that are in files."""
 
@@ -110,7 +110,7 @@ class Held:
             yield self.pixels[positions[start : start + _PIECE]].tobytes()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FilePixels:
     """Stands in the place of a uint8 tensor (N, C, H, W) of images that are decoded when they are asked for.
 

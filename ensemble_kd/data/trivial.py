@@ -1,11 +1,11 @@
-"""TrivialAugment (Müller and Hutter 2021) of whole batches: for each image one of 14 operations, at one strength.
+"""TrivialAugment (Müller and Hutter 2021) of whole batches: to each image one of 14 operations, at one strength.
 
-The wide space, with 31 levels as in the paper and torchvision. Every image goes through the same steps
-(an affine resampling, a blend with a grey and with a blurred image, a table of grey levels), most of which
-leave it as it is: shapes are fixed and nothing waits for the device. All arithmetic is in integers, or in
-divisions whose floor is exact, so pixels are the same on every device and in every batch. In that it
-departs from torchvision by at most one grey level; in the distance of translations, which here are shares
-of a side, up to a whole one (the paper's 32 pixels are one side of CIFAR's images).
+The wide space with 31 levels, as in the paper and in torchvision; lengths are shares of a side, so that a
+translation goes up to a whole side at any size, as the paper's 32 pixels do in CIFAR's images.
+
+All arithmetic is in integers, or in divisions whose floor is exact, so that pixels are the same on every
+device and in every batch. From torchvision's they differ by at most one grey level (brightness, contrast,
+colour, sharpness, autocontrast), or at places exactly between two pixels (shears, rotations).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ _GREY_BIAS = 210  # half of the 1/10000 that grey values are multiples of: makes
 
 Settings = dict[str, int]
 _NEUTRAL: Settings = {
+    "stage": 0,
     "xx": 1 << _POINT,
     "xy": 0,
     "yx": 0,
@@ -39,7 +40,7 @@ _NEUTRAL: Settings = {
     "down": 0,
     "colour": _ONE,
     "sharpness": _ONE,
-    "brightness": _ONE,
+    "tone": _ONE,
     "to_mean": 0,
     "bits": 255,
     "solarize": 512,
@@ -49,14 +50,14 @@ _NEUTRAL: Settings = {
 """What leaves an image as it is; an operation changes some."""
 
 
-def _rotation(level: int) -> Settings:
+def _slope(level: int) -> int:
+    return round(0.99 * level / _TOP * (1 << _POINT))
+
+
+def _turn(level: int) -> Settings:
     angle = math.radians(135 * level / _TOP)
     sine, cosine = round(math.sin(angle) * (1 << _POINT)), round(math.cos(angle) * (1 << _POINT))
     return {"xx": cosine, "xy": -sine, "yx": sine, "yy": cosine}
-
-
-def _slope(level: int) -> int:
-    return round(0.99 * level / _TOP * (1 << _POINT))
 
 
 def _factor(level: int) -> int:
@@ -65,19 +66,19 @@ def _factor(level: int) -> int:
 
 OPERATIONS: dict[str, Callable[[int], Settings]] = {
     "identity": lambda level: {},
-    "shear-x": lambda level: {"xy": _slope(level), "from_corner": 1},
-    "shear-y": lambda level: {"yx": _slope(level), "from_corner": 1},
-    "translate-x": lambda level: {"right": level},
-    "translate-y": lambda level: {"down": level},
-    "rotate": _rotation,
-    "brightness": lambda level: {"brightness": _factor(level)},
-    "colour": lambda level: {"colour": _factor(level)},
-    "contrast": lambda level: {"brightness": _factor(level), "to_mean": 1},
-    "sharpness": lambda level: {"sharpness": _factor(level)},
-    "posterize": lambda level: {"bits": 256 - (1 << round(6 * abs(level) / _TOP))},
-    "solarize": lambda level: {"solarize": 17 * (_TOP - abs(level))},
-    "autocontrast": lambda level: {"autocontrast": 1},
-    "equalize": lambda level: {"equalize": 1},
+    "shear-x": lambda level: {"stage": 1, "xy": _slope(level), "from_corner": 1},
+    "shear-y": lambda level: {"stage": 1, "yx": _slope(level), "from_corner": 1},
+    "translate-x": lambda level: {"stage": 1, "right": level},
+    "translate-y": lambda level: {"stage": 1, "down": level},
+    "rotate": lambda level: {"stage": 1, **_turn(level)},
+    "colour": lambda level: {"stage": 2, "colour": _factor(level)},
+    "sharpness": lambda level: {"stage": 2, "sharpness": _factor(level)},
+    "brightness": lambda level: {"stage": 3, "tone": _factor(level)},
+    "contrast": lambda level: {"stage": 3, "tone": _factor(level), "to_mean": 1},
+    "posterize": lambda level: {"stage": 3, "bits": 256 - (1 << round(6 * abs(level) / _TOP))},
+    "solarize": lambda level: {"stage": 3, "solarize": 17 * (_TOP - abs(level))},
+    "autocontrast": lambda level: {"stage": 3, "autocontrast": 1},
+    "equalize": lambda level: {"stage": 3, "equalize": 1},
 }
 """Each operation's settings at a level −30 … 30; those without a direction take its size."""
 
@@ -102,15 +103,30 @@ def apply(
     images: UInt8[Tensor, "B C H W"], operation: Int[Tensor, " B"], level: Int[Tensor, " B"]
 ) -> UInt8[Tensor, "B C H W"]:
     """Each image after its own operation at its own level."""
-    chosen = operation * (2 * LEVELS - 1) + level + _TOP
-    columns = _settings(images.device).index_select(1, chosen).view(-1, len(images), 1, 1)
-    settings = dict(zip(_NEUTRAL, columns, strict=True))
-    moved = _moved(images, settings)
-    wide = moved.int()
-    grey = _grey(wide)
-    # Contrast leaves colour and sharpness alone, so that the mean of the moved image is that of its own.
-    mean = (grey.sum((1, 2, 3)) * 256 // grey[0].numel()).int()
-    return _toned(_blended(wide, grey, settings), mean, settings)
+    settings = _settings(images.device).index_select(1, operation * (2 * LEVELS - 1) + level + _TOP)
+    every = images.device.type != "cpu"
+    return (_everywhere if every else _where_needed)(images, settings[:, :, None, None])
+
+
+def _everywhere(images: UInt8[Tensor, "B C H W"], settings: Int32[Tensor, "_ B 1 1"]) -> Tensor:
+    """All stages for all images, most of which they leave as they are: nothing waits for the device."""
+    for stage in _STAGES:
+        images = stage(images, _named(settings))
+    return images
+
+
+def _where_needed(images: UInt8[Tensor, "B C H W"], settings: Int32[Tensor, "_ B 1 1"]) -> Tensor:
+    """The same pixels, and less work where asking which images a stage concerns costs nothing."""
+    for number, stage in enumerate(_STAGES, start=1):
+        rows = (settings[0].flatten() == number).nonzero().flatten()
+        if len(rows):
+            changed = stage(images.index_select(0, rows), _named(settings.index_select(1, rows)))
+            images = images.index_copy(0, rows, changed)
+    return images
+
+
+def _named(settings: Tensor) -> dict[str, Tensor]:
+    return dict(zip(_NEUTRAL, settings, strict=True))
 
 
 @functools.cache
@@ -156,41 +172,42 @@ def _grey(wide: Int32[Tensor, "B C H W"]) -> Int32[Tensor, "B G H W"]:
     return red.add_(green).add_(blue).add_(_GREY_BIAS).bitwise_right_shift_(22)[:, None]
 
 
-def _blended(
-    wide: Int32[Tensor, "B C H W"], grey: Int32[Tensor, "B G H W"], s: dict[str, Tensor]
-) -> Int32[Tensor, "B C H W"]:
+def _blended(images: UInt8[Tensor, "B C H W"], s: dict[str, Tensor]) -> UInt8[Tensor, "B C H W"]:
     """Pulled from its own grey (colour) and from its blurred form (sharpness) by a factor."""
+    wide = images.int()
     height, width = wide.shape[2:]
     colour, sharpness = s["colour"][..., None], s["sharpness"][..., None]
-    fixed = (grey - wide).mul_(_ONE - colour) if wide.shape[1] == 3 else torch.zeros_like(wide)
+    fixed = (_grey(wide) - wide).mul_(_ONE - colour) if wide.shape[1] == 3 else torch.zeros_like(wide)
     if height > 2 and width > 2:  # the outermost pixels have no blurred form
         rows = (wide[:, :, :-2] + wide[:, :, 1:-1]).add_(wide[:, :, 2:])
         inner = wide[:, :, 1:-1, 1:-1]
         blurred = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:]).add_(inner, alpha=4)
         blurred.add_(6).mul_(20165).bitwise_right_shift_(18)  # / 13, rounded: exact for sums of 13 bytes
         fixed[:, :, 1:-1, 1:-1].add_(blurred.sub_(inner).mul_(_ONE - sharpness))
-    return fixed.add_(wide, alpha=_ONE).bitwise_right_shift_(10).clamp_(0, 255)
+    return fixed.add_(wide, alpha=_ONE).bitwise_right_shift_(10).clamp_(0, 255).to(torch.uint8)
 
 
-def _toned(
-    wide: Int32[Tensor, "B C H W"], mean: Int32[Tensor, " B"], s: dict[str, Tensor]
-) -> UInt8[Tensor, "B C H W"]:
-    """Every grey level replaced by the one in a table of its image and channel; overwrites its input."""
-    count, channels = wide.shape[:2]
-    low, high = (extreme[..., None] for extreme in (wide.amin((2, 3)), wide.amax((2, 3))))
-    planes = torch.arange(0, count * channels * 256, 256, dtype=torch.int32, device=wide.device)
+def _toned(images: UInt8[Tensor, "B C H W"], s: dict[str, Tensor]) -> UInt8[Tensor, "B C H W"]:
+    """Every grey level replaced by the one in a table of its image and channel."""
+    count, channels = images.shape[:2]
+    wide = images.int()
+    grey = _grey(wide).flatten(1)
+    mean = (grey.sum(1) * 256 // grey.shape[1]).int()
+    low, high = (extreme[..., None].int() for extreme in (images.amin((2, 3)), images.amax((2, 3))))
+    planes = torch.arange(0, count * channels * 256, 256, dtype=torch.int32, device=images.device)
     entries = wide.add_(planes.view(count, channels, 1, 1)).flatten()
-    levels = torch.arange(256, dtype=torch.int32, device=wide.device)
+    levels = torch.arange(256, dtype=torch.int32, device=images.device)
     mean = mean[:, None, None] * s["to_mean"]
-    table = (levels * (s["brightness"] * 256) + mean * (_ONE - s["brightness"])) >> 18
+    table = (levels * (s["tone"] * 256) + mean * (_ONE - s["tone"])) >> 18
     table.clamp_(0, 255).bitwise_and_(s["bits"])
     table ^= (2 * table >= s["solarize"]).int() * 255
     table = _stretched(table, low, high, s["autocontrast"])
-    counts = torch.zeros(count * channels * 256, dtype=torch.int32, device=wide.device)
+    # index_add_ and index_select take 32-bit places; scatter and gather would need 64-bit ones.
+    counts = torch.zeros(count * channels * 256, dtype=torch.int32, device=images.device)
     counts.index_add_(0, entries, torch.ones_like(levels[:1]).expand(len(entries)))
     equalized = _equalized(counts.view_as(table), levels, high)
     table = torch.where(s["equalize"] != 0, equalized, table).to(torch.uint8)
-    return table.flatten().index_select(0, entries).view(wide.shape)
+    return table.flatten().index_select(0, entries).view(images.shape)
 
 
 def _stretched(table: Tensor, low: Tensor, high: Tensor, wanted: Tensor) -> Int32[Tensor, "B C 256"]:
@@ -208,3 +225,7 @@ def _equalized(
     step = (sums[..., 255:] - counts.gather(2, high.long())) // 255
     table = (sums - counts).add_(step // 2).div(step.clamp(min=1).float()).int().clamp_(max=255)
     return torch.where(step > 0, table, levels)
+
+
+_STAGES = (_moved, _blended, _toned)
+"""By the number in an operation's settings, from 1."""
