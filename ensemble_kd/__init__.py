@@ -27,6 +27,10 @@ _API = {
     "list_models": "ensemble_kd.teachers.catalogue",
     "analyze_agreement": "ensemble_kd.analysis.agreement",
     "analyze_teachers": "ensemble_kd.analysis.teachers",
+    "build_targets": "ensemble_kd.judges",
+    "list_targets": "ensemble_kd.teachers.stored",
+    "verify_targets": "ensemble_kd.teachers.stored",
+    "prune_targets": "ensemble_kd.teachers.stored",
     "EkdError": "ensemble_kd.errors",
 }
 __all__ = [*_API, "__version__"]
@@ -40,8 +44,12 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from ensemble_kd.distillation import resume as resume
     from ensemble_kd.errors import EkdError as EkdError
     from ensemble_kd.evaluation import evaluate as evaluate
+    from ensemble_kd.judges import build_targets as build_targets
     from ensemble_kd.teachers.catalogue import list_models as list_models
     from ensemble_kd.teachers.registry import load_teacher as load_teacher
+    from ensemble_kd.teachers.stored import list_targets as list_targets
+    from ensemble_kd.teachers.stored import prune_targets as prune_targets
+    from ensemble_kd.teachers.stored import verify_targets as verify_targets
     from ensemble_kd.training import train as train
     from ensemble_kd.weights import load_student as load_student
 

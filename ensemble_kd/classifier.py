@@ -108,6 +108,8 @@ class Classifier(nn.Module):
         self.pretrained = pretrained
         """Whether its weights were learned before, so that training goes on rather than starts."""
         # Kept on the network's device, so that a forward pass copies nothing there.
+        self._scale: Tensor
+        self._shift: Tensor
         for name, values in zip(("_scale", "_shift"), card.preprocess.affine(), strict=True):
             self.register_buffer(name, values, persistent=False)
 

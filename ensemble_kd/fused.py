@@ -34,7 +34,7 @@ class _Fused(torch.autograd.Function):
         return terms.sum() / batch
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator, misc]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
         (grad,) = ctx.saved_tensors
         return upstream * grad, None, None, None, None
@@ -54,12 +54,12 @@ def fused_kd(
 
     Its gradient cannot be differentiated again. Labels may be None at soft weight 1.
     """
-    wide = logits.float() if logits.dtype.itemsize < 4 else logits
+    wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     truth = None
     if soft_weight < 1:
         assert labels is not None
         truth = truth_of(labels, wide, label_smoothing, mixed)
-    loss: Tensor = _Fused.apply(wide, truth, log_target.to(wide), soft_weight, temperature)  # type: ignore[no-untyped-call]
+    loss: Tensor = _Fused.apply(wide, truth, log_target.to(wide), soft_weight, temperature)
     return loss
 
 

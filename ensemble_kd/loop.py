@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -58,6 +59,7 @@ class Loop:
         self.stepper = Stepper(model.net, objective.features, recipe, self.steps)
         self.tap: FeatureTap | None = None
         self._forward: Callable[[Tensor], Tensor] = torch.compile(model) if engine.compile else model
+        self._judge = torch.compile(self._judged) if engine.compile else self._judged
         labels = train.labels if objective.uses_labels else None
         self._unlabelled = labels is not None and bool((labels == UNLABELLED).any())
         self._sums: dict[str, Tensor] = {}
@@ -83,14 +85,17 @@ class Loop:
         order = views.order(self.seed, epoch, len(self.train), self.train.ids.device)
         order = order[: self.steps * self.size]
         row: dict[str, Any] = {}
-        if self.engine.trace is not None and epoch == 0:
-            with StepProfile(self.engine.trace) as profile:
-                self._walk(epoch, order, profile)
-            row["profile"] = profile.table
-        elif self._can_be_recorded:
-            self._replay(epoch, order)
-        else:
-            self._walk(epoch, order, lambda: None)
+        with warnings.catch_warnings():
+            # The compiler looks at the gradient of the logits, which is None as it should be.
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
+            if self.engine.trace is not None and epoch == 0:
+                with StepProfile(self.engine.trace) as profile:
+                    self._walk(epoch, order, profile)
+                row["profile"] = profile.table
+            elif self._can_be_recorded:
+                self._replay(epoch, order)
+            else:
+                self._walk(epoch, order, lambda: None)
         if "weights" in self._sums:
             row["weights"] = (self._sums["weights"] / self.steps).tolist()
         return {"train": self._means(epoch)} | row
@@ -143,7 +148,7 @@ class Loop:
     def _step(self, batch: Images, index: Tensor, epoch: int) -> None:
         objective, device = self.objective, batch.ids.device
         with span("forward"), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = self._forward(batch.pixels)
+            logits = self._forward(batch.decoded)
         logits = logits.float()
         labels = batch.labels if objective.uses_labels else None
         mixed = None
@@ -154,36 +159,42 @@ class Loop:
             with span("targets"):
                 target = objective.targets(batch, index, epoch, logits.detach())
         with span("loss"):
-            soft = target.soft if target and self._weight > 0 else None
-            loss = objective(logits, labels, soft, self._weight, self.recipe.label_smoothing, mixed)
+            loss, measures = self._judge(logits, labels, mixed, target, self._weight)
             if objective.features and target and self.tap:
                 term = objective.features(self.tap.take(), target.features, target.weights)
                 loss = loss + term
-                self._add("feature_loss", term)
-        with span("measures"):
-            self._measure(loss, logits, labels, target)
+                measures |= {"feature_loss": term.detach(), "loss": loss.detach()}
+        for name, value in measures.items():
+            if name in self._sums:
+                self._sums[name] += value  # in place, so that a recorded step adds to the same number
+            else:
+                self._sums[name] = value.clone()
         self.stepper(loss)
 
-    @torch.no_grad()
-    def _measure(self, loss: Tensor, logits: Tensor, labels: Tensor | None, target: Target | None) -> None:
-        self._add("loss", loss)
-        if labels is not None:
-            self._add("right", (logits.argmax(dim=1) == labels).float().mean())
-            if self._unlabelled:
-                self._add("labelled", (labels != UNLABELLED).float().mean())
-        if target is not None:
-            self._add("teacher_student_cross_entropy", soft_cross_entropy(logits, target.plain))
-            if self.objective.weights_vary:
-                weights = target.weights
-                self._add("weights", weights.mean(dim=1) if weights.ndim == 2 else weights)
-                self._add("off", (weights.sum(dim=0) - 1).abs().amax() - weights.amin().clamp_max(0))
-
-    def _add(self, name: str, value: Tensor) -> None:
-        """In place, so that a recorded step adds to the same number."""
-        if name in self._sums:
-            self._sums[name] += value.detach()
-        else:
-            self._sums[name] = value.detach().clone()
+    def _judged(
+        self,
+        logits: Tensor,
+        labels: Tensor | None,
+        mixed: Mixed | None,
+        target: Target | None,
+        weight: float,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch, and what is summed over the epoch."""
+        soft = target.soft if target and weight > 0 else None
+        loss = self.objective(logits, labels, soft, weight, self.recipe.label_smoothing, mixed)
+        with torch.no_grad():
+            measures = {"loss": loss.detach()}
+            if labels is not None:
+                measures["right"] = (logits.argmax(dim=1) == labels).float().mean()
+                if self._unlabelled:
+                    measures["labelled"] = (labels != UNLABELLED).float().mean()
+            if target is not None:
+                measures["teacher_student_cross_entropy"] = soft_cross_entropy(logits, target.plain)
+                if self.objective.weights_vary:
+                    weights = target.weights
+                    measures["weights"] = weights.mean(dim=1) if weights.ndim == 2 else weights
+                    measures["off"] = (weights.sum(dim=0) - 1).abs().amax() - weights.amin().clamp_max(0)
+        return loss, measures
 
     def _means(self, epoch: int) -> dict[str, float]:
         means = {name: float(total) / self.steps for name, total in self._sums.items() if name != "weights"}

@@ -261,7 +261,7 @@ def soft_weight_at(schedule: str, weight: float, epoch: int, epochs: int, span: 
 
 
 def _wide(values: Tensor) -> Tensor:
-    return values.float() if values.dtype.itemsize < 4 else values
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 def _centred(values: Tensor) -> Tensor:

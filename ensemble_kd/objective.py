@@ -34,8 +34,10 @@ class TargetSource(Protocol):
 
     live: ClassVar[bool]
     """Whether teachers are run for each batch, so that targets only measured are not worth their time."""
-    fixed: bool
-    """Whether targets are only looked up, in tensors that stay where they are from epoch to epoch."""
+    @property
+    def fixed(self) -> bool:
+        """Whether targets are only looked up, in tensors that stay where they are from epoch to epoch."""
+        ...
 
     def begin(self, epoch: int) -> None:
         """Make ready for the batches of an epoch."""
@@ -83,7 +85,8 @@ class Objective:
         smoothing: float,
         mixed: Mixed | None = None,
     ) -> Tensor:
-        if self.loss == "kl" and target is not None and soft_weight > 0:
+        eager = not torch.compiler.is_compiling()  # a compiler fuses the plain formula itself
+        if self.loss == "kl" and target is not None and soft_weight > 0 and eager:
             return fused_kd(
                 logits,
                 labels,
@@ -134,23 +137,17 @@ class Viewing:
         return (self._mixed(both, view_id) for both in images.fetch(paired))
 
     def _seen(self, batch: Images, view_id: int) -> Images:
-        pixels = views.view(batch.pixels, batch.ids, policy=self.policy, seed=self.seed, view_id=view_id)
+        pixels = views.view(batch.decoded, batch.ids, policy=self.policy, seed=self.seed, view_id=view_id)
         return Images(pixels, batch.labels, batch.ids)
 
     def _partners(self, images: Images, index: Tensor, view_id: int) -> Tensor:
         return views.partners(images.ids[index], len(images), seed=self.seed, view_id=view_id)
 
     def _mixed(self, both: Images, view_id: int) -> Images:
-        seen = self._seen(both, view_id)
-        first, second = (
-            Images(*part)
-            for part in zip(*(_halves(t) for t in (seen.pixels, seen.labels, seen.ids)), strict=True)
-        )
-        pixels, share = views.mix(
-            first.pixels, second.pixels, first.ids, kind=self.mix, seed=self.seed, view_id=view_id
-        )
-        return Images(pixels, first.labels, first.ids, second.labels, share)
-
-
-def _halves(values: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if values is None else (values[: len(values) // 2], values[len(values) // 2 :])
+        seen, half = self._seen(both, view_id), len(both) // 2
+        first, second = seen.decoded[:half], seen.decoded[half:]
+        ids, labels = seen.ids[:half], seen.labels
+        pixels, share = views.mix(first, second, ids, kind=self.mix, seed=self.seed, view_id=view_id)
+        if labels is None:
+            return Images(pixels, None, ids, None, share)
+        return Images(pixels, labels[:half], ids, labels[half:], share)

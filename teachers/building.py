@@ -132,7 +132,7 @@ class _Writer:
         """Run the teacher on the batch where its shard is missing, and write the shard when it is whole."""
         if self._shard is None or chunk.start < self._shard.start:
             return
-        self._parts.append(self._teacher.runner(batch.pixels.device)(batch.pixels, features))
+        self._parts.append(self._teacher.runner(batch.ids.device)(batch.decoded, features))
         if chunk.stop < self._shard.stop:
             return
         logits = torch.cat([part.logits for part in self._parts])
@@ -173,7 +173,7 @@ def _tell(stores: Sequence[Store], ensemble: Ensemble, train: Images, viewing: V
 def _batch(train: Images) -> int:
     """How many images are read at a time."""
     height, width = train.pixels.shape[2:]
-    return batch_for((int(height), int(width)))
+    return batch_for((int(height), int(width)), train.ids.device)
 
 
 def _seconds_a_batch(ensemble: Ensemble, train: Images, viewing: Viewing, size: int) -> float:
@@ -182,7 +182,7 @@ def _seconds_a_batch(ensemble: Ensemble, train: Images, viewing: Viewing, size: 
         started = time.perf_counter()
         batch = viewing.take(train, index, 0)
         for teacher in ensemble.teachers:
-            teacher.runner(batch.pixels.device)(batch.pixels).logits.sum().item()
+            teacher.runner(batch.ids.device)(batch.decoded).logits.sum().item()
         seconds = time.perf_counter() - started
     return seconds
 

@@ -133,7 +133,7 @@ class Teacher:
 
     def look(self, batch: Images, features: bool = False) -> Outputs:
         """Its answers to a batch of views, computed now."""
-        answers = self.runner(batch.pixels.device)(batch.pixels, features)
+        answers = self.runner(batch.ids.device)(batch.decoded, features)
         return Outputs(
             self.mapped(answers.logits), [answers.features] if answers.features is not None else []
         )

@@ -59,7 +59,7 @@ class Runner:
         if device.type in ("cuda", "cpu") and not own_code:
             self._net.to(memory_format=torch.channels_last)
         self.is_folded = self._net is not classifier
-        self._batch = running.batch or batch_for(classifier.card.preprocess.size)
+        self._batch = running.batch or batch_for(classifier.card.preprocess.size, device)
         self._label = label
         self._tap: FeatureTap | None = None
         self._contexts: list[AbstractContextManager[object]] = []

@@ -26,7 +26,11 @@ class LiveTargets:
 
     ensemble: Ensemble
     live: ClassVar[bool] = True
-    fixed: ClassVar[bool] = False
+
+    @property
+    def fixed(self) -> bool:
+        """See `objective.TargetSource`."""
+        return False
 
     def begin(self, epoch: int) -> None:
         """See `objective.TargetSource`."""

@@ -21,7 +21,13 @@ jaxtyping.install_import_hook(
         "ensemble_kd.weighting",
         "ensemble_kd.calibration",
         "ensemble_kd.metrics",
+        "ensemble_kd.topk",
+        "ensemble_kd.fused",
         "ensemble_kd.data.views",
+        "ensemble_kd.data.hashing",
+        "ensemble_kd.data.crops",
+        "ensemble_kd.data.trivial",
+        "ensemble_kd.data.mixing",
     ],
     "beartype.beartype",
 )

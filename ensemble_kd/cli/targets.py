@@ -2,16 +2,63 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from ensemble_kd.cli.options import Debug, Json, Quiet, emit, guarded
+from ensemble_kd.cli.options import NO_TRAIN, Debug, Json, Quiet, emit, guarded, verb
+from ensemble_kd.schema import DistillOptions
 
 targets = typer.Typer(
-    help="List, verify and remove the kept outputs of teachers.", no_args_is_help=True, rich_markup_mode=None
+    help="Build, list, verify and remove the kept outputs of teachers.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+_FLAGS = (
+    "teachers",
+    "data",
+    "data_root",
+    "split",
+    "image_size",
+    "limit_train",
+    "unlabelled",
+    "unlabelled_only",
+    "augment",
+    "mix",
+    "views",
+    "top_k",
+    "temperature",
+    "calibrate",
+    "class_map",
+    "feature_weight",
+    "epochs",
+    "teacher_epochs",
+    "teacher_size",
+    "teacher_batch",
+    "stem",
+    "train_teachers",
+    "seed",
+    "teacher_seed",
+    "device",
+    "offline",
 )
 Keys = Annotated[list[str] | None, typer.Argument(metavar="[KEY]...", help="the beginning of a key")]
+
+
+@targets.command("build")
+@verb(DistillOptions, _FLAGS, switches=NO_TRAIN)
+def build(given: dict[str, Any], config: Path | None, sets: list[str], as_json: bool) -> None:
+    """Run teachers on all views of the training images now; `ekd distill` with the same options finds them."""
+    from ensemble_kd.judges import build_targets
+    from ensemble_kd.tables import text_table
+    from ensemble_kd.teachers.layout import readable
+
+    made = build_targets(given.pop("teachers", None), config_file=config, sets=sets, **given)
+    rows = [[row["teacher"], readable(row["bytes"]), row["folder"]] for row in made["teachers"]]
+    mixed = "" if made["mix"] == "none" else f" with {made['mix']}"
+    title = f"{made['data']}: {made['views']} views of {made['images']:,} images by {made['policy']}{mixed}"
+    emit(as_json, made, text_table(["teacher", "size", "folder"], rows, title))
 
 
 @targets.command("ls")

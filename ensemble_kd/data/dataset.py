@@ -46,7 +46,10 @@ class Images:
     def __getitem__(self, index: Tensor) -> Images:
         """The samples at positions `index`; images in files stay there."""
         pixels = self.pixels
-        picked = pixels.subset(index) if isinstance(pixels, FilePixels) else pixels[index]
+        if isinstance(pixels, FilePixels):
+            return self._with(pixels.subset(index), itemgetter(index))
+        # Whole images are copied at once; indexing would go pixel by pixel on a CPU.
+        picked = pixels[index] if index.dtype == torch.bool else pixels.index_select(0, index)
         return self._with(picked, itemgetter(index))
 
     def to(self, device: torch.device | str) -> Images:
