@@ -1,6 +1,6 @@
 """What combining and the soft loss cost, as a share of a plain LeNet step.
 
-    python benchmarks/combine_cost.py [--blocks 9] [--batch 128] [--teachers 3]
+    python -m benchmarks.combine_cost [--blocks 9] [--batch 128] [--teachers 3]
 
 A plain step is forward, cross-entropy, backward and SGD of LeNet on 1×32×32 images. Combining is
 what a stored target adds to it: weights, both targets (the distilled one and that at temperature 1), the
@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, commit_now, surroundings
 from torch import Tensor
 
+from benchmarks.common import RESULTS, commit_now, surroundings
 from ensemble_kd import files
 from ensemble_kd.classifier import Card, Classifier, Preprocess
 from ensemble_kd.data.dataset import Images

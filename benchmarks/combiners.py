@@ -1,7 +1,7 @@
 """Every combiner and the baselines, with three unlike teachers and a bad one, over several seeds.
 
-    python benchmarks/combiners.py NAME --seeds 0,1,2 [--teachers A,B,C] OPTION=VALUE ...
-    python benchmarks/combiners.py NAME --show
+    python -m benchmarks.combiners NAME --seeds 0,1,2 [--teachers A,B,C] OPTION=VALUE ...
+    python -m benchmarks.combiners NAME --show
 
 OPTION=VALUE are options of `ekd distill`. The bad teacher is a LeNet that saw 200 images; all teachers
 are the same for all seeds. Each seed trains one student a combiner and the control on labels, from the
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import RESULTS, commit_now, spread_cell, surroundings, t_interval
 
+from benchmarks.common import RESULTS, commit_now, spread_cell, surroundings, t_interval
 from ensemble_kd import files
 from ensemble_kd.console import log_to_stderr
 from ensemble_kd.distillation import distill

@@ -24,7 +24,7 @@ def commit_now() -> str:
 def surroundings(commit: str) -> dict[str, Any]:
     """The command, the machine and the commit of a measurement."""
     return {
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

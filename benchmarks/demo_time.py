@@ -1,6 +1,6 @@
 """Seconds of the main job on this machine: cold (empty cache) and warm, each in a process of its own.
 
-    python benchmarks/demo_time.py [--repeats 1] [--warm 3]
+    python -m benchmarks.demo_time [--repeats 1] [--warm 3]
 
 Each repeat is one cold run and then the warm ones.
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu --root FOLDER-OF-FASHION-MNIST --out results/gpu.json
 
-Images are Fashion-MNIST's (30 MB), padded to 32×32 and in three channels, repeated to 480,000, so that an
+Images are Fashion-MNIST's (30 MB), padded to 32×32 and in three channels, repeated to 240,000, so that an
 epoch is long against what is done once an epoch; without --root they are random bytes. Every speed is that
 of whole epochs of the public `fit`, the first of which (set-up, recording) is left out. Sides that are
 compared take turns. About eight minutes on an H200; torch ≥ 2.11.
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.memory import SCENES, measure
 from ensemble_kd import load_data
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.data.dataset import Dataset, Images
@@ -38,7 +39,7 @@ from ensemble_kd.teachers.ensemble import Ensemble, Teacher
 from ensemble_kd.teachers.targets import LiveTargets, StoredTargets
 
 CUDA = torch.device("cuda")
-COUNT, SMALL = 480_000, 48_000
+COUNT, SMALL = 240_000, 48_000
 BYTES = {"lenet": 173e3, "resnet8": 2.97e6}
 """Bytes an image that a step must move, unfused."""
 
@@ -128,7 +129,7 @@ def step_costs(bench: Bench) -> dict[str, Any]:
         for engine in (Engine(graph=True), Engine(graph=False)):
             train = bench.train if engine.graph else bench.few
             sides = {
-                kind: lambda kind=kind, e=engine, t=train: bench.run(name, batch, kind, e, 3, t)  # noqa: B023
+                kind: lambda kind=kind, e=engine, t=train: bench.run(name, batch, kind, e, 2, t)  # noqa: B023
                 for kind in ("plain", "stored")
             }
             speeds = in_turn(sides, 5)
@@ -144,7 +145,7 @@ def throughput(bench: Bench, copy_rate: float) -> dict[str, Any]:
     rows = {}
     for name, batch in (("lenet", 512), ("lenet", 4096), ("resnet8", 512), ("resnet8", 2048)):
         for compiled in (False, True):
-            speed = median(bench.run(name, batch, "stored", Engine(compile=compiled), 5, bench.train))
+            speed = median(bench.run(name, batch, "stored", Engine(compile=compiled), 3, bench.train))
             bound = copy_rate / BYTES[name]
             label = f"{name}, B={batch}{', compiled' if compiled else ''}"
             rows[label] = {"images/s": speed, "of the bandwidth bound": speed["median"] / bound}
@@ -211,6 +212,16 @@ def busy(bench: Bench) -> dict[str, float]:
     return shares
 
 
+def memory() -> dict[str, Any]:
+    """Row 5: megabytes over what was in use before the first step, by scene and side."""
+    found: dict[str, Any] = {}
+    for name in ("small", "large", "slides", "two-sizes"):
+        scene = SCENES[name]
+        found[scene.name] = {side: measure(scene, side, CUDA) for side in scene.sides}
+        torch.cuda.empty_cache()
+    return found
+
+
 def ceilings() -> dict[str, float]:
     """Bytes per second of a large copy, read and written, and FLOP/s of a large bf16 product."""
     big = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8, device=CUDA)
@@ -252,9 +263,10 @@ def main() -> None:
     result["ceilings"] = ceilings()
     bench = Bench(chosen.root)
     parts: dict[str, Callable[[], Any]] = {
+        "teachers": lambda: teachers_speed(bench),
         "throughput": lambda: throughput(bench, result["ceilings"]["copy, bytes/s"]),
         "row 2": lambda: step_costs(bench),
-        "teachers": lambda: teachers_speed(bench),
+        "row 5": memory,
         "row 4": lambda: online(bench),
         "busy": lambda: busy(bench),
     }

@@ -1,6 +1,6 @@
 """What an image costs in a folder that is decoded afresh in every pass, as the folder grows.
 
-    python benchmarks/growth.py --folder DIR [--sizes 10000 30000 100000] [--repeats 3] [--batch 64]
+    python -m benchmarks.growth --folder DIR [--sizes 10000 30000 100000] [--repeats 3] [--batch 64]
 
 Makes photo-like JPEGs of 224 pixels in DIR (those that are there already are used), then takes one pass over the
 training images in a hashed order, each time in a new process: opening the folder (listing and headers), and
@@ -23,15 +23,16 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from common import RESULTS, commit_now, surroundings
 from PIL import Image
 
+from benchmarks.common import RESULTS, commit_now, surroundings
 from ensemble_kd import files
 from ensemble_kd.tables import text_table
 
 CLASSES, SIDE, TEST_IMAGES = 10, 224, 20
 DISTINCT = 2_000
 """Different pictures; more files are copies of them, each a file of its own."""
+ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
@@ -120,8 +121,20 @@ def measure(folder: Path, sizes: list[int], repeats: int, batch: int) -> list[di
     passes: dict[int, list[dict[str, float]]] = {size: [] for size in sizes}
     for _ in range(repeats):
         for size in sizes:
-            command = [sys.executable, __file__, "--folder", folder, "--measure", size, "--batch", batch]
-            result = subprocess.run([str(part) for part in command], check=True, stdout=subprocess.PIPE)
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.growth",
+                "--folder",
+                folder,
+                "--measure",
+                size,
+                "--batch",
+                batch,
+            ]
+            result = subprocess.run(
+                [str(part) for part in command], check=True, stdout=subprocess.PIPE, cwd=ROOT
+            )
             passes[size].append(json.loads(result.stdout))
     first = median(row["peak_mb"] for row in passes[sizes[0]])
     return [

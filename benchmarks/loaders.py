@@ -1,6 +1,6 @@
 """Images per CPU-second: crop-flip views of whole batches, against a loader of single PIL images.
 
-    OMP_NUM_THREADS=1 python benchmarks/loaders.py [--blocks 7] [--batch 128]
+    OMP_NUM_THREADS=1 python -m benchmarks.loaders [--blocks 7] [--batch 128]
 
 Random CIFAR-sized images (32×32×3) in memory, one thread, no workers. The other side is what tutorials do:
 torchvision's DataLoader with RandomCrop(32, padding=4), RandomHorizontalFlip, ToTensor and Normalize. Plain
@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, commit_now, surroundings
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from benchmarks.common import RESULTS, commit_now, surroundings
 from ensemble_kd import files
 from ensemble_kd.classifier import Preprocess
 from ensemble_kd.data.dataset import Images

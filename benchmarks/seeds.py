@@ -1,6 +1,6 @@
 """One distillation over several seeds: mean, spread, and what was gained over the controls.
 
-    python benchmarks/seeds.py NAME --seeds 0,1,2 [--teacher-seeds] OPTION=VALUE ...
+    python -m benchmarks.seeds NAME --seeds 0,1,2 [--teacher-seeds] OPTION=VALUE ...
 
 OPTION=VALUE are options of `ekd distill`. The teachers are the same for all seeds, unless
 --teacher-seeds trains them anew for each. Prints one table and writes benchmarks/results/NAME.json
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import RESULTS, commit_now, spread_cell, surroundings, t_interval
 
+from benchmarks.common import RESULTS, commit_now, spread_cell, surroundings, t_interval
 from ensemble_kd import files
 from ensemble_kd.console import log_to_stderr
 from ensemble_kd.distillation import distill

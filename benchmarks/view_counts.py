@@ -38,6 +38,7 @@ def accuracies(chosen: argparse.Namespace, seed: int, folder: Path) -> dict[str,
             augment=chosen.augment,
             views=count,
             epochs=chosen.epochs,
+            batch_size=chosen.batch,
             seed=seed,
             device=chosen.device,
             offline=True,
@@ -85,6 +86,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=48)
+    parser.add_argument("--batch", type=int)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--commit", help="of the sources, where there is no repository")
     parser.add_argument("--out", type=Path, default=RESULTS)
