@@ -3,10 +3,11 @@
     python -m benchmarks.memory [--quick] [--repeats 3] [--exact] [--scene NAME] [--device cpu]
 
 Each case runs in a process of its own: all networks and images are made, targets are stored where the side has
-them, then a few steps are trained. On a CPU the peak is the process's resident memory, on a GPU what PyTorch has
-allocated there; both over what was in use before the first step. Beside it stand what no side can do without,
-gradients and momentum of what is trained, and the bytes of activations that autograd keeps for one step's
-backward pass, both of them counted rather than measured. glibc's allocator keeps part of what is freed; with --exact
+them, then two steps are trained. On a CPU the peak is the process's resident memory, on a GPU what PyTorch has
+allocated there, with steps that are eager, not recorded as a graph; both over what was in use before the first step.
+Copies of teachers' weights, which folding BatchNorm makes, count as part of the peak. Beside it stand what no side
+can do without, gradients and momentum of what is trained, and the bytes of activations that autograd keeps for one
+step's backward pass; these are counted, not measured. glibc's allocator keeps part of what is freed; with --exact
 it gives back every tensor of 64 KiB or more at once, so that peaks are those of live tensors and repeat to 1 %.
 
 Sides: `plain`, our `fit` on labels; `stored` and `online`, our `fit` with either kind of target; `naive`, teachers
@@ -23,8 +24,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from benchmarks.blocks import (
     compare,
     distilling,
     network,
+    own_cache,
     random_images,
     spread,
     train,
@@ -51,13 +52,14 @@ from benchmarks.blocks import (
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.data.dataset import Images
 from ensemble_kd.device import choose_device
+from ensemble_kd.loop import Engine
 from ensemble_kd.objective import Objective, Viewing
 from ensemble_kd.tables import text_table
 from ensemble_kd.teachers.ensemble import Ensemble
 from ensemble_kd.teachers.targets import LiveTargets, StoredTargets
 
 ROOT = Path(__file__).parents[1]
-STEPS, VIEWING = 3, Viewing("crop-flip", 1, 0)
+STEPS, VIEWING = 2, Viewing("crop-flip", 1, 0)
 SIDES = ("plain", "stored", "online", "mild", "naive")
 
 
@@ -116,7 +118,7 @@ def main() -> None:
     parser.add_argument("--exact", action="store_true", help="freed tensors go back to the system at once")
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
-    names = arguments.scene or ["small"] if arguments.quick else arguments.scene or list(SCENES)
+    names = arguments.scene or (["small"] if arguments.quick else list(SCENES))
     if arguments.side:
         print(json.dumps(measure(SCENES[names[0]], arguments.side, device)))
         return
@@ -124,7 +126,7 @@ def main() -> None:
     for name in names:
         repeats = 1 if arguments.quick else arguments.repeats
         measured = in_turn(name, device, repeats, arguments.exact)
-        print(as_text(ratios(SCENES[name], measured), sides_table(SCENES[name], measured)))
+        print(sides_table(SCENES[name], measured), as_text(ratios(SCENES[name], measured)), "", sep="\n\n")
 
 
 def rows(device: torch.device, repeats: int = 3, exact: bool = False) -> list[dict[str, Any]]:
@@ -149,7 +151,7 @@ def in_turn(name: str, device: torch.device, repeats: int, exact: bool) -> dict[
 
 
 def measure(scene: Scene, side: str, device: torch.device) -> dict[str, float]:
-    """Megabytes of one side: `weights` of all networks, `trained` and `kept` as counted, and the `peak`."""
+    """Megabytes of one side: `weights`, `copies` of them, `trained` and `kept` as counted, and the `peak`."""
     torch.manual_seed(0)
     teachers = {label: network(*spec).to(device) for label, spec in scene.teachers.items()}
     student = network(*scene.student).to(device)
@@ -157,15 +159,30 @@ def measure(scene: Scene, side: str, device: torch.device) -> dict[str, float]:
     models = nn.ModuleList([*teachers.values(), student])
     weights = [*models.parameters(), *models.buffers()]
     trained = list((models if side == "naive" else student).parameters())
-    run = make_side(side, as_ensemble(teachers, device), student, data, scene.batch)
-    run(data[torch.arange(CLASSES, device=device)])  # the libraries' own memory is then in every base alike
-    models.zero_grad(set_to_none=True)
-    with peak_memory(device) as peak:
+    with own_cache():
+        run = make_side(side, as_ensemble(teachers, device), student, data, scene.batch)
+        # Once on a few images, so that the libraries' own memory is in every base alike.
+        run(data[torch.arange(CLASSES, device=device)])
+        models.zero_grad(set_to_none=True)
+        copies = held_by_modules() - size_of(weights)
+        before = forget_peak(device)
         run(data)
-    with kept_activations(weights) as kept:
-        run(data[torch.arange(scene.batch, device=device)])
-    megabytes = {"weights": size_of(weights), "trained": 2 * size_of(trained), "kept": kept(), "peak": peak()}
-    return {name: value / 1e6 for name, value in megabytes.items()}
+        peak = copies + peak_of(device) - before
+        kept = kept_by_autograd(lambda: run(data[torch.arange(scene.batch, device=device)]), weights)
+    found = {"weights": size_of(weights), "copies": copies, "trained": 2 * size_of(trained)}
+    return {name: size / 1e6 for name, size in (found | {"kept": kept, "peak": peak}).items()}
+
+
+def held_by_modules() -> int:
+    """Bytes of the parameters and buffers of all modules that are alive."""
+    gc.collect()
+    modules = [found for found in gc.get_objects() if issubclass(type(found), nn.Module)]
+    tensors = [
+        tensor
+        for module in modules
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    ]
+    return size_of(list({tensor.data_ptr(): tensor for tensor in tensors}.values()))
 
 
 def size_of(tensors: Sequence[Tensor]) -> int:
@@ -183,14 +200,14 @@ def make_side(
     objective = Objective()
     if side == "stored":
         stored = StoredTargets(ensemble, data, VIEWING)
-        first = torch.arange(batch, device=data.pixels.device)
-        stored(data[first], first, 0, torch.zeros(batch, len(student.classes), device=data.pixels.device))
+        stored.build()
         objective = distilling(stored, ensemble, data)
+        ensemble.release()
     if side == "online":
         objective = distilling(LiveTargets(ensemble), ensemble, data)
 
     def run(images: Images) -> None:
-        train(student, images, VIEWING, batch, objective)
+        train(student, images, VIEWING, batch, objective, Engine(graph=False))
 
     return run
 
@@ -203,26 +220,26 @@ def stacked_epoch(stack: Stack, data: Images, batch: int, detached: bool) -> Non
         stack.step(optimizer, data.pixels[index], data.known_labels[index], detached)
 
 
-@contextmanager
-def peak_memory(device: torch.device) -> Iterator[Callable[[], float]]:
-    """Yields a function that says the block's peak in bytes, over what was in use before it."""
+def forget_peak(device: torch.device) -> int:
+    """Give back what is free, and forget the peak so far, of making the networks; returns the bytes in use now."""
     gc.collect()
     if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        yield lambda: peak
-        peak = torch.cuda.max_memory_allocated(device) - before
-        return
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system (glibc)
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far, of making the networks (Linux)
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    yield lambda: peak
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        return torch.cuda.memory_allocated(device)
+    ctypes.CDLL(None).malloc_trim(0)  # of glibc
+    Path("/proc/self/clear_refs").write_text("5")  # of Linux: getrusage begins anew
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-@contextmanager
-def kept_activations(weights: Sequence[Tensor]) -> Iterator[Callable[[], float]]:
-    """Yields a function that says how many bytes, other than weights, autograd kept for one step.
+def peak_of(device: torch.device) -> int:
+    """The most bytes that were in use at once since `forget_peak`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def kept_by_autograd(step: Callable[[], None], weights: Sequence[Tensor]) -> int:
+    """Bytes, other than weights, that autograd keeps for the backward pass of one step.
 
     Storages are told apart by address: what is kept is not freed before the backward pass.
     """
@@ -236,7 +253,8 @@ def kept_activations(weights: Sequence[Tensor]) -> Iterator[Callable[[], float]]
         return tensor
 
     with saved_tensors_hooks(note, lambda tensor: tensor):
-        yield lambda: sum(kept.values())
+        step()
+    return sum(kept.values())
 
 
 def ratios(scene: Scene, measured: Mapping[str, Sequence[Mapping[str, float]]]) -> list[dict[str, Any]]:
@@ -262,17 +280,18 @@ def sides_table(scene: Scene, measured: Mapping[str, Sequence[Mapping[str, float
     cells = []
     for side, values in measured.items():
         peak, low, high = spread([found["peak"] for found in values])
-        counted = [f"{values[0][part]:.1f}" for part in ("weights", "trained", "kept")]
+        counted = [f"{values[0][part]:.1f}" for part in ("weights", "copies", "trained", "kept")]
         cells.append([side, *counted, f"{peak:.1f} [{low:.1f}, {high:.1f}]", f"{peak - plain:+.1f}"])
     headers = [
         "MB",
-        "all weights",
-        "gradients + momentum",
+        "weights",
+        "copies",
+        "grads + momentum",
         "activations kept",
         "peak over base",
         "over plain",
     ]
-    return text_table(headers, cells, f"{scene.name}, B={scene.batch}") + "\n"
+    return text_table(headers, cells, f"{scene.name}, B={scene.batch}")
 
 
 if __name__ == "__main__":

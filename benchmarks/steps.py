@@ -8,7 +8,8 @@ Sides, all in one process, in interleaved blocks:
     plain         our `fit` on labels
     stored        our `fit` with targets of one view that were made before
     online        our `fit` with teachers that are run on every batch
-    teachers      the forward pass of the teachers alone, in inference mode, on batches as they are
+    teachers      the teachers alone as `online` runs them: BatchNorm folded, channels-last, bf16 where that is native
+    as they are   the same networks in inference mode, with nothing done to them
     naive         a plain loop over our batched views that keeps the teachers' graph and goes back through it
     torchdistill  1.1.5, online, with its own loader at 0 and 2 workers (see torchdistill_side.py)
 
@@ -41,6 +42,7 @@ from benchmarks.blocks import (
     distilling,
     interleave,
     network,
+    own_cache,
     random_images,
     spread,
     train,
@@ -96,7 +98,7 @@ def main() -> None:
     for name in arguments.setting or SETTINGS:
         setting = SETTINGS[name]
         measured = measure(setting, device, arguments.blocks, arguments.quick)
-        print(as_text(ratios(setting, measured), sides_table(setting, measured)))
+        print(sides_table(setting, measured), as_text(ratios(setting, measured)), "", sep="\n\n")
 
 
 def rows(device: torch.device, blocks: int = 7, quick: bool = False) -> list[dict[str, Any]]:
@@ -109,10 +111,10 @@ def measure(setting: Setting, device: torch.device, blocks: int, quick: bool) ->
     """Milliseconds a step of each side, block by block."""
     shorter, longer = (4 if quick else 1), (5 if device.type == "cuda" else 1)
     cheap, dear = (max(1, steps * longer // shorter) for steps in (setting.cheap, setting.dear))
-    sides = {
-        name: partial(_milliseconds, side) for name, side in make_sides(setting, device, cheap, dear).items()
-    }
-    return interleave(sides, min(blocks, 2) if quick else blocks)
+    with own_cache():
+        sides = make_sides(setting, device, cheap, dear)
+        in_ms = {name: partial(_milliseconds, side) for name, side in sides.items()}
+        return interleave(in_ms, min(blocks, 2) if quick else blocks)
 
 
 def _milliseconds(side: Callable[[], float]) -> float:
@@ -127,7 +129,7 @@ def make_sides(
     ensemble = as_ensemble(copy.deepcopy(teachers), device)
     many, few = (random_images(steps * BATCH, 32, device) for steps in (cheap, dear))
     stored, live = StoredTargets(ensemble, many, VIEWING), LiveTargets(ensemble)
-    nets = [model.to(device) for model in teachers.values()]
+    nets = [model.to(device).eval() for model in teachers.values()]
     student.to(device)
 
     def ours(data: Images, objective: Objective) -> Callable[[], float]:
@@ -139,7 +141,8 @@ def make_sides(
         "plain": ours(many, Objective()),
         "stored": ours(many, distilling(stored, ensemble, many)),
         "online": ours(few, distilling(live, ensemble, few)),
-        "teachers": forward([teacher.classifier for teacher in ensemble.teachers], few),
+        "teachers": forward(ensemble.look, few),
+        "as they are": forward(lambda batch: [net(batch.pixels) for net in nets], few),
         "naive": naive(copy.deepcopy(nets), copy.deepcopy(student), few),
     }
     if find_spec("torchdistill") is not None:
@@ -170,16 +173,15 @@ def floor(model: Classifier, data: Images) -> Callable[[], float]:
     return block
 
 
-def forward(teachers: list[Classifier], data: Images) -> Callable[[], float]:
-    """The frozen teachers on batch after batch."""
+def forward(look: Callable[[Images], object], data: Images) -> Callable[[], float]:
+    """Teachers on batch after batch."""
     device = data.pixels.device
 
     @torch.inference_mode()
     def block() -> float:
         started = wait_for(device)
-        for pixels in data.pixels.split(BATCH):
-            for teacher in teachers:
-                teacher(pixels)
+        for batch in data.batches(BATCH):
+            look(batch)
         return (wait_for(device) - started) / (len(data) // BATCH)
 
     return block
@@ -248,7 +250,7 @@ def sides_table(setting: Setting, measured: dict[str, list[float]]) -> str:
         for name, (median, low, high) in ((name, spread(values)) for name, values in measured.items())
     ]
     title = f"{setting.name}, B={BATCH}, {len(next(iter(measured.values())))} blocks"
-    return text_table(["", "ms a step", "[min, max]"], cells, title) + "\n"
+    return text_table(["", "ms a step", "[min, max]"], cells, title)
 
 
 if __name__ == "__main__":

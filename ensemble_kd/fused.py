@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -19,25 +20,35 @@ from ensemble_kd.losses import UNLABELLED, Mixed
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, truth: Tensor | None, log_target: Tensor, weight: float, temperature: float
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor | None,
+        truth: Tensor | None,
+        log_target: Tensor,
+        weight: float,
+        temperature: float,
     ) -> Tensor:
-        batch, p = len(logits), log_target.exp()
+        batch, hard, p = len(logits), 1 - weight, log_target.exp()
         log_q = torch.log_softmax(logits / temperature, dim=1)
-        terms = (weight * temperature**2) * (torch.xlogy(p, p) - p * log_q)
-        grad = (weight * temperature) * (log_q.exp() - p)
-        if truth is not None:
-            hard = 1 - weight
+        loss = (torch.xlogy(p, p) - p * log_q).sum() * (weight * temperature**2 / batch)
+        grad = (log_q.exp() - p) * (weight * temperature / batch)
+        if labels is not None:
             log_q = torch.log_softmax(logits, dim=1)
-            terms = torch.addcmul(terms, truth, log_q, value=-hard)
-            grad = grad + hard * (log_q.exp() * truth.sum(dim=1, keepdim=True) - truth)
-        ctx.save_for_backward(grad / batch)
-        return terms.sum() / batch
+            loss = torch.add(loss, F.nll_loss(log_q, labels), alpha=hard)
+            at_label = torch.full_like(logits[:, :1], -1.0)
+            grad.add_(log_q.exp().scatter_add_(1, labels[:, None], at_label), alpha=hard / batch)
+        elif truth is not None:
+            log_q = torch.log_softmax(logits, dim=1)
+            loss = torch.sub(loss, (truth * log_q).sum(), alpha=hard / batch)
+            grad.add_(log_q.exp() * truth.sum(dim=1, keepdim=True) - truth, alpha=hard / batch)
+        ctx.save_for_backward(grad)
+        return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (grad,) = ctx.saved_tensors
-        return upstream * grad, None, None, None, None
+        return upstream * grad, None, None, None, None, None
 
 
 def fused_kd(
@@ -49,17 +60,24 @@ def fused_kd(
     temperature: float,
     label_smoothing: float = 0.0,
     mixed: Mixed | None = None,
+    unlabelled: bool = True,
 ) -> Float[Tensor, ""]:
     """The same number and gradient as `losses.distillation_loss` with `kl`, in half the operations.
 
     Its gradient cannot be differentiated again. Labels may be None at soft weight 1.
+
+    Args:
+        unlabelled: whether some labels may be `losses.UNLABELLED`; False saves looking.
     """
     wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    truth = None
+    plain, truth = None, None
     if soft_weight < 1:
         assert labels is not None
-        truth = truth_of(labels, wide, label_smoothing, mixed)
-    loss: Tensor = _Fused.apply(wide, truth, log_target.to(wide), soft_weight, temperature)
+        if unlabelled or label_smoothing or mixed is not None:
+            truth = truth_of(labels, wide, label_smoothing, mixed)
+        else:
+            plain = labels
+    loss: Tensor = _Fused.apply(wide, plain, truth, log_target.to(wide), soft_weight, temperature)
     return loss
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class Loop:
         self._judge = torch.compile(self._judged) if engine.compile else self._judged
         labels = train.labels if objective.uses_labels else None
         self._unlabelled = labels is not None and bool((labels == UNLABELLED).any())
+        self.objective = replace(objective, unlabelled=self._unlabelled)
         self._sums: dict[str, Tensor] = {}
         self._weight = 0.0
         self._recorded: _Recorded | None = None

@@ -50,8 +50,9 @@ def soft_cross_entropy(
     logits: Float[Tensor, "B C"], log_target: Float[Tensor, "B C"], temperature: float = 1.0
 ) -> Float[Tensor, ""]:
     """−T² · Σ p log softmax(logits / T): the gradient of `kl_to_target`, without the entropy term."""
-    log_q = F.log_softmax(_wide(logits) / temperature, dim=1)
-    return -(_wide(log_target).exp() * log_q).sum(dim=1).mean() * temperature**2
+    scaled = _wide(logits) if temperature == 1 else _wide(logits) / temperature
+    log_q = F.log_softmax(scaled, dim=1)
+    return (_wide(log_target).exp() * log_q).sum() * (-(temperature**2) / len(logits))
 
 
 def reverse_kl(

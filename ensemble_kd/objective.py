@@ -34,6 +34,7 @@ class TargetSource(Protocol):
 
     live: ClassVar[bool]
     """Whether teachers are run for each batch, so that targets only measured are not worth their time."""
+
     @property
     def fixed(self) -> bool:
         """Whether targets are only looked up, in tensors that stay where they are from epoch to epoch."""
@@ -64,6 +65,8 @@ class Objective:
     span: int | None = None
     """Of the schedule, in epochs; see `losses.soft_weight_at`."""
     features: FeatureTerm | None = None
+    unlabelled: bool = True
+    """Whether some labels may be `losses.UNLABELLED`."""
     weights_vary: bool = False
     """Whether the teachers' weights differ by batch, and are worth a column of the history."""
 
@@ -95,6 +98,7 @@ class Objective:
                 temperature=self.temperature,
                 label_smoothing=smoothing,
                 mixed=mixed,
+                unlabelled=self.unlabelled,
             )
         return distillation_loss(
             logits,

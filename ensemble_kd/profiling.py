@@ -42,7 +42,9 @@ class StepProfile:
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
         steps = schedule(wait=0, warmup=WARM_UP, active=STEPS, repeat=1)
-        self._profile = profile(activities=activities, schedule=steps, on_trace_ready=self._finish)
+        self._profile = profile(
+            activities=activities, schedule=steps, on_trace_ready=self._finish, acc_events=True
+        )
 
     def __enter__(self) -> StepProfile:
         global _active

@@ -332,9 +332,9 @@ def test_validation_measures_the_training_loss_without_smoothing(few_digits: Dat
     rows = run(model, few_digits, distilling(LiveTargets(ensemble), 0.5), recipe=recipe)
     logits = predict(model, val)
     loss = distillation_loss(logits, val.labels, target.soft, soft_weight=0.5, temperature=4.0)
-    assert rows[-1]["val"]["loss"] == pytest.approx(float(loss), rel=1e-6)
+    assert rows[-1]["val"]["loss"] == pytest.approx(float(loss), rel=1e-5)
     expected = float(soft_cross_entropy(logits, target.plain))
-    assert rows[-1]["val"]["teacher_student_cross_entropy"] == pytest.approx(expected, rel=1e-6)
+    assert rows[-1]["val"]["teacher_student_cross_entropy"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_first_losses_equal_those_by_hand(few_digits: Dataset) -> None:
