@@ -37,6 +37,7 @@ def accuracies(chosen: argparse.Namespace, seed: int, folder: Path) -> dict[str,
             limit_train=chosen.limit,
             augment=chosen.augment,
             views=count,
+            controls=chosen.controls,
             epochs=chosen.epochs,
             batch_size=chosen.batch,
             seed=seed,
@@ -47,11 +48,16 @@ def accuracies(chosen: argparse.Namespace, seed: int, folder: Path) -> dict[str,
         models = run.metrics["models"]
         row[str(count)] = {
             "student": models["student"]["accuracy"]["value"],
-            "labels": models["labels"]["accuracy"]["value"],
+            "labels": models.get("labels", {}).get("accuracy", {}).get("value", float("nan")),
             "agreement": models["student"]["agreement"]["value"],
             "seconds": sum(v for k, v in run.metrics["seconds"].items() if k in ("targets", "student")),
         }
     return row
+
+
+def no_control(values: dict[str, np.ndarray]) -> bool:
+    """Whether there was no control."""
+    return bool(np.isnan(values["labels"]).any())
 
 
 def summary(rows: list[dict[str, Any]]) -> list[list[str]]:
@@ -66,7 +72,7 @@ def summary(rows: list[dict[str, Any]]) -> list[list[str]]:
                 "online" if count == "0" else count,
                 f"{100 * values['student'].mean():.2f} %",
                 "–" if count == "0" else f"{apart['mean']:+.2f} [{apart['low']:+.2f}, {apart['high']:+.2f}]",
-                f"{100 * values['labels'].mean():.2f} %",
+                "–" if no_control(values) else f"{100 * values['labels'].mean():.2f} %",
                 f"{100 * values['agreement'].mean():.2f} %",
                 f"{values['seconds'].mean():.0f} s",
             ]
@@ -87,6 +93,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=48)
     parser.add_argument("--batch", type=int)
+    parser.add_argument("--controls", default="labels", help="labels, or none to save their time")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--commit", help="of the sources, where there is no repository")
     parser.add_argument("--out", type=Path, default=RESULTS)
