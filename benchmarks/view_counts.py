@@ -80,8 +80,8 @@ def summary(rows: list[dict[str, Any]]) -> list[list[str]]:
     return table
 
 
-def main() -> None:
-    """Run all, write and print."""
+def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options, of the command line where none are given."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", default="fashion-mnist")
     parser.add_argument("--root", type=Path)
@@ -97,7 +97,12 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--commit", help="of the sources, where there is no repository")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    chosen = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Run all, write and print."""
+    chosen = options_of()
     facts = surroundings(chosen.commit or commit_now())
     if torch.cuda.is_available():
         facts["device"] = torch.cuda.get_device_name(0)

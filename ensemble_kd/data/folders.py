@@ -356,7 +356,7 @@ def stays_in_files(folder: Folder, size: tuple[int, int], how: str) -> bool:
         raise DataError(
             f"the images of {root} do not fit into memory",
             f"decoded they take {sizes}",
-            "decode them afresh in every pass: --decode always, or smaller: --image-size 64",
+            "decode them afresh in every pass: --set decode=always, or smaller: --image-size 64",
         )
     return False
 
