@@ -120,7 +120,10 @@ def main() -> None:
         "9": lambda: accuracy_rows(quick, chosen.fashion_mnist),
         "11": lambda: growth_rows(quick),
     }
-    wanted = set((chosen.rows or "1,3,4,5,6,7,9,11").split(","))
+    known = {number for numbers in parts for number in numbers.split(",")}
+    wanted = set(chosen.rows.split(",")) if chosen.rows else known
+    if unknown := wanted - known:
+        parser.error(f"no rows {', '.join(sorted(unknown))}; known are {', '.join(parts)}")
     commit, path = commit_now(), RESULTS / "speed.json"
     kept = files.read_json(path) if path.is_file() else {}
     with tempfile.TemporaryDirectory() as cache:

@@ -202,7 +202,7 @@ def compare(
     } | facts
 
 
-def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
+def as_text(rows: Sequence[Mapping[str, Any]], title: str = "") -> str:
     """The rows as a table, each with its number in the table of aims, and their notes below."""
     cells = [
         [
@@ -214,7 +214,7 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
         for row in rows
     ]
     notes = [f"{row['name']}: {row['note']}" for row in rows if row["note"]]
-    return "\n".join([text_table(["", "ours", "other", "ratio [min, max]"], cells), *notes])
+    return "\n".join([text_table(["", "ours", "other", "ratio [min, max]"], cells, title), *notes])
 
 
 def arguments_of(module_doc: str | None) -> argparse.ArgumentParser:

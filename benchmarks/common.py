@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -25,11 +26,18 @@ def surroundings(commit: str) -> dict[str, Any]:
     """The command, the machine and the commit of a measurement."""
     return {
         "command": " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
-        "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
+        "machine": f"{_processor()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "commit": commit,
     }
+
+
+def _processor() -> str:
+    """The processor's name, where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.is_file() else []
+    return names[0].partition(": ")[2] if names else platform.machine()
 
 
 def t_interval(differences: np.ndarray) -> dict[str, float]:

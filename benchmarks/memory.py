@@ -271,6 +271,12 @@ def ratios(scene: Scene, measured: Mapping[str, Sequence[Mapping[str, float]]]) 
             row = 5 if side == "naive" else None
             name = f"{scene.name}: online / {side} stacking"
             result.append(compare(row, name, online, peaks[side], peaks[side], **unit))
+    if "naive" in peaks:
+        ours, theirs = (
+            [a - b for a, b in zip(peaks[side], plain, strict=True)] for side in ("online", "naive")
+        )
+        name = f"{scene.name}: what online adds to plain / what naive stacking adds"
+        result.append(compare(None, name, ours, theirs, theirs, **unit))
     return result
 
 

@@ -123,6 +123,7 @@ def _distill(options: DistillOptions, objects: Objects, run: Run | None) -> Dist
         resolved = config.to_yaml(
             options,
             augment=setting.viewing.policy,
+            decode=setting.data.decode,
             views=setting.viewing.count,
             training=setting.recipe.to_json(),
             combine=setting.combination.name,
@@ -185,7 +186,9 @@ def _objective(name: str, network: Classifier, judges: Judges, setting: Setting)
     ensemble = judges.ensemble.for_measuring() if alone else judges.ensemble
     targets = judges.stored(ensemble, setting) if viewing.count else LiveTargets(ensemble)
     # The control on labels needs no targets; stored ones of its images are looked up for its curve.
-    measured = not alone or (viewing.count > 0 and not options.unlabelled_only)
+    # With mixing, partners come from all images that are trained on, so that others have other pixels.
+    same = setting.transfer is setting.data.train or viewing.mix == "none"
+    measured = not alone or (viewing.count > 0 and not options.unlabelled_only and same)
     return Objective(
         soft_weight=0.0 if alone else options.soft,
         temperature=setting.temperatures.get("student", ensemble.student_temperature),
@@ -229,8 +232,6 @@ def _train(name: str, judges: Judges, setting: Setting, run: Run) -> Classifier:
         description=description,
         engine=engine_of(setting.options, run.path("trace.json") if name == "student" else None),
     )
-    if profile := history[0].pop("profile", None):
-        run.keep_profile(profile)
     labels = [teacher.label for teacher in judges.ensemble.teachers]
     for row in history:
         if "weights" in row:

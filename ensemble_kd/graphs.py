@@ -18,12 +18,16 @@ class Replayed:
     Where it cannot be recorded, it goes on as it is, and says so.
     """
 
-    def __init__(self, work: Callable[[], None]) -> None:
-        self._work, self._calls = work, 0
+    def __init__(self, work: Callable[[], None], device: torch.device) -> None:
+        self._work, self._device, self._calls = work, device, 0
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> None:
         """Do the work once."""
+        with torch.cuda.device(self._device):  # streams and graphs are those of the current one
+            self._once()
+
+    def _once(self) -> None:
         if self._graph is not None:
             self._graph.replay()
             return

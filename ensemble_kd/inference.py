@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.backends import cudnn
 
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.data.dataset import Images
@@ -37,4 +40,18 @@ def batch_for(size: tuple[int, int], device: torch.device) -> int:
 @torch.inference_mode()
 def _logits(model: Classifier, images: Images) -> Iterator[Tensor]:
     for batch in images.batches(batch_for(model.card.preprocess.size, images.ids.device)):
-        yield model(batch.decoded).float()
+        with _whole_mantissa():
+            logits = model(batch.decoded).float()
+        yield logits
+
+
+@contextmanager
+def _whole_mantissa() -> Iterator[None]:
+    """Convolutions on a GPU keep ten bits of it otherwise (TF32)."""
+    convolutions: Any = getattr(cudnn, "conv")  # noqa: B009 - torch's types do not know it
+    kept = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = kept

@@ -117,7 +117,14 @@ def build_targets(
     setting, names = prepare(chosen, Objects(given))
     if not setting.viewing.count:
         raise ConfigError("views: 0 stores nothing", "fresh views are seen once", "say --views 1 or more")
-    judges = combined(teachers_of(names, setting), setting)
+    loaded = teachers_of(names, setting)
+    if lost := [teacher.label for teacher in loaded if not teacher.storable]:
+        raise ConfigError(
+            f"teachers: the outputs of {', '.join(lost)} are not kept",
+            "it is code of your own, and nothing tells when that changes",
+            "leave it out: `ekd distill` runs it once a view and keeps that for the run",
+        )
+    judges = combined(loaded, setting)
     judges.store(setting)
     viewing, stores = setting.viewing, zip(judges.ensemble.teachers, judges.stores, strict=True)
     return {

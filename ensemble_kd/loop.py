@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ensemble_kd.features import FeatureTap
 from ensemble_kd.graphs import Replayed
 from ensemble_kd.losses import UNLABELLED, Mixed, soft_cross_entropy
 from ensemble_kd.objective import Objective, Target, Viewing
-from ensemble_kd.profiling import StepProfile, span
+from ensemble_kd.profiling import StepProfile, report, span
 from ensemble_kd.stepping import Recipe, Stepper
 
 _BLOCK = 4096
@@ -85,21 +86,28 @@ class Loop:
             targets.begin(epoch)
         order = views.order(self.seed, epoch, len(self.train), self.train.ids.device)
         order = order[: self.steps * self.size]
-        row: dict[str, Any] = {}
         with warnings.catch_warnings():
             # The compiler looks at the gradient of the logits, which is None as it should be.
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
-            if self.engine.trace is not None and epoch == 0:
-                with StepProfile(self.engine.trace) as profile:
-                    self._walk(epoch, order, profile)
-                row["profile"] = profile.table
-            elif self._can_be_recorded:
-                self._replay(epoch, order)
-            else:
-                self._walk(epoch, order, lambda: None)
+            with _compiling(self.engine.compile):
+                row = self._train_on(epoch, order)
         if "weights" in self._sums:
             row["weights"] = (self._sums["weights"] / self.steps).tolist()
         return {"train": self._means(epoch)} | row
+
+    def _train_on(self, epoch: int, order: Tensor) -> dict[str, Any]:
+        """All steps of an epoch; returns the profile, where it was wanted."""
+        trace = self.engine.trace
+        if trace is not None and epoch == 0 and self.steps > 1:
+            with StepProfile(trace, self.steps) as profile:
+                self._walk(epoch, order, profile)
+            report(profile.table, trace)
+            return {"profile": profile.table}
+        if self._can_be_recorded:
+            self._replay(epoch, order)
+        else:
+            self._walk(epoch, order, lambda: None)
+        return {}
 
     @property
     def _wants_targets(self) -> bool:
@@ -110,9 +118,11 @@ class Loop:
 
     @property
     def _can_be_recorded(self) -> bool:
-        """On a GPU, with images and targets that stay where they are."""
+        """On a GPU, with images and targets that stay where they are; a user's own code may not be repeatable."""
         pixels, targets = self.train.pixels, self.objective.targets
         if not (self.engine.graph and isinstance(pixels, Tensor) and pixels.device.type == "cuda"):
+            return False
+        if self.model.card.model.startswith("py:"):
             return False
         if self._wants_targets and not (targets is not None and targets.fixed):
             return False
@@ -165,11 +175,13 @@ class Loop:
                 term = objective.features(self.tap.take(), target.features, target.weights)
                 loss = loss + term
                 measures |= {"feature_loss": term.detach(), "loss": loss.detach()}
-        for name, value in measures.items():
-            if name in self._sums:
-                self._sums[name] += value  # in place, so that a recorded step adds to the same number
-            else:
+        for name, value in measures.items():  # in place, so that a recorded step adds to the same number
+            if name not in self._sums:
                 self._sums[name] = value.clone()
+            elif name == "off":  # one bad batch is enough
+                torch.maximum(self._sums[name], value, out=self._sums[name])
+            else:
+                self._sums[name] += value
         self.stepper(loss)
 
     def _judged(
@@ -198,8 +210,10 @@ class Loop:
         return loss, measures
 
     def _means(self, epoch: int) -> dict[str, float]:
-        means = {name: float(total) / self.steps for name, total in self._sums.items() if name != "weights"}
-        if means.pop("off", 0.0) > 1e-3:
+        sums = {name: float(total) for name, total in self._sums.items() if name != "weights"}
+        off = sums.pop("off", 0.0)
+        means = {name: total / self.steps for name, total in sums.items()}
+        if not off <= 1e-3:  # NaN is none either
             raise TrainingError(
                 f"epoch {epoch + 1}: the weights of the teachers are none",
                 "some were negative, or did not sum to 1 in a batch, which changes the scale of the loss",
@@ -209,6 +223,21 @@ class Loop:
         if right is not None and labelled > 0:
             means["accuracy"] = right / labelled
         return means
+
+
+@contextmanager
+def _compiling(wanted: bool) -> Iterator[None]:
+    """The compiler's own errors as one line; it has many kinds."""
+    try:
+        yield
+    except Exception as error:
+        if not wanted or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        raise TrainingError(
+            "the network cannot be compiled",
+            (str(error).strip().splitlines() or [type(error).__name__])[0],
+            "leave --compile out; on a CPU it needs a C++ compiler such as g++",
+        ) from error
 
 
 class _Recorded:
@@ -223,7 +252,7 @@ class _Recorded:
         self._order = torch.empty(loop.steps * loop.size, dtype=torch.int64, device=device)
         self._at = torch.arange(loop.size, device=device)
         self._start = torch.zeros((), dtype=torch.int64, device=device)
-        self.step = Replayed(self._work)
+        self.step = Replayed(self._work, device)
 
     def load(self, view_id: int, order: Tensor, epoch: int) -> None:
         """Bring the views of all images, and the order of this epoch, to where the graph reads them."""

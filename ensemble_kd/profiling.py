@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,21 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
+from ensemble_kd import files
+from ensemble_kd.console import log
+
 WARM_UP, STEPS = 3, 20
 _PREFIX = "ekd: "
 _active = False
+
+
+def report(parts: Mapping[str, float], trace: Path) -> None:
+    """Log where a step's time goes, and write it beside the trace: milliseconds by part, and of the whole `step`."""
+    files.write_json(trace.with_name("profile.json"), {"milliseconds": parts})
+    log.info("a training step takes %.2f ms (trace for ui.perfetto.dev: %s)", parts["step"], trace)
+    for name, milliseconds in parts.items():
+        if name != "step":
+            log.info("  %-10s %8.3f ms  %4.1f %%", name, milliseconds, 100 * milliseconds / parts["step"])
 
 
 def span(name: str) -> AbstractContextManager[Any]:
@@ -30,10 +42,10 @@ def _timed(name: str) -> Iterator[None]:
 
 
 class StepProfile:
-    """While entered, profiles `STEPS` steps after a warm-up; call it at the end of each step."""
+    """While entered, profiles up to `STEPS` steps after a warm-up; call it at the end of each step."""
 
-    def __init__(self, trace: Path) -> None:
-        """`trace` is where a trace for chrome://tracing or Perfetto is written."""
+    def __init__(self, trace: Path, steps: int) -> None:
+        """`trace` is where a trace for Perfetto is written; there will be `steps` steps, two or more."""
         self.table: dict[str, float] = {}
         """Milliseconds a step by span, largest first, and the rest of the `step`."""
         self._trace = trace
@@ -41,9 +53,11 @@ class StepProfile:
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
-        steps = schedule(wait=0, warmup=WARM_UP, active=STEPS, repeat=1)
+        warm_up = min(WARM_UP, steps - 1)
+        self._steps = min(STEPS, steps - warm_up)
+        plan = schedule(wait=0, warmup=warm_up, active=self._steps, repeat=1)
         self._profile = profile(
-            activities=activities, schedule=steps, on_trace_ready=self._finish, acc_events=True
+            activities=activities, schedule=plan, on_trace_ready=self._finish, acc_events=True
         )
 
     def __enter__(self) -> StepProfile:
@@ -68,7 +82,6 @@ class StepProfile:
         done.export_chrome_trace(str(self._trace))
         events = [event for event in done.events() if event.name.startswith((_PREFIX, "ProfilerStep"))]
         whole = sum(e.cpu_time_total for e in events if e.name.startswith("ProfilerStep"))
-        count = sum(e.name.startswith("ProfilerStep") for e in events) or 1
         sums: dict[str, float] = {}
         for event in events:
             if event.name.startswith(_PREFIX):
@@ -76,4 +89,4 @@ class StepProfile:
                 sums[name] = sums.get(name, 0.0) + event.cpu_time_total
         sums["other"] = max(0.0, whole - sum(sums.values()))
         ordered = sorted(sums.items(), key=lambda item: -item[1])
-        self.table = {name: time / count / 1000 for name, time in [*ordered, ("step", whole)]}
+        self.table = {name: time / self._steps / 1000 for name, time in [*ordered, ("step", whole)]}

@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -209,18 +209,6 @@ class Run:
         tensors = safetensors.torch.load(path.read_bytes())
         labels = tensors.pop("labels")
         return {name.removeprefix("logits/"): values for name, values in tensors.items()}, labels
-
-    def keep_profile(self, parts: Mapping[str, float]) -> None:
-        """Write and show where a training step's time goes: milliseconds by part, and of the whole `step`."""
-        files.write_json(self.path("profile.json"), {"milliseconds": parts})
-        log.info(
-            "a training step takes %.2f ms (trace for ui.perfetto.dev: %s)",
-            parts["step"],
-            self.path("trace.json"),
-        )
-        for name, time_taken in parts.items():
-            if name != "step":
-                log.info("  %-10s %8.3f ms  %4.1f %%", name, time_taken, 100 * time_taken / parts["step"])
 
 
 def _new_folder(name: str) -> Path:

@@ -314,6 +314,13 @@ def _check_known(
     everything = torch.ones(len(classes), dtype=torch.bool)
     known = torch.stack([one.known if one else everything for one in found])
     check_known(labels, known, combination, "best-teacher" in options.controls, classes)
+    partly = [label for label, mask in zip(labels, known, strict=True) if not bool(mask.all())]
+    if options.top_k is not None and partly:
+        raise ConfigError(
+            f"top_k: {', '.join(partly)} knows some of the classes only",
+            "the rest of its logits is spread over all classes, and would be cut away again",
+            "leave --top-k out, or that teacher",
+        )
     rehearse(combination, known)
 
 
@@ -350,6 +357,7 @@ def _viewing(options: DistillOptions, data: Dataset, count: int, recipe: Recipe)
         numbers = kept + (2 * _FEATURES if options.feature_weight else 0)
         wanted = 1 if still else min(STORED_VIEWS, recipe.epochs)
         views = min(wanted, STORED_BYTES // (len(options.teachers) * count * numbers))
+        views = max(views, 1) if options.top_k is not None else views  # to say top-k is to want a store
         _tell_views(policy, views, still)
     return Viewing(policy, views, options.seed, options.mix)
 

@@ -70,17 +70,16 @@ def train(
         chosen.out,
         f"{chosen.data}-{name.label}",
         chosen.overwrite,
-        config.to_yaml(chosen, augment=policy, out=None, overwrite=False),
+        config.to_yaml(chosen, augment=policy, decode=data.decode, out=None, overwrite=False),
     )
     log.info("run folder %s", run.folder)
     watch.lap("data")
     with run.working():
         engine = engine_of(chosen, run.path("trace.json"))
         classifier, history, recipe = _train(chosen, data, device, policy, engine)
-        profile = history[0].pop("profile", None) if history else None
-        if profile and chosen.profile:
-            run.keep_profile(profile)
-        resolved = config.to_yaml(chosen, augment=policy, training=recipe, out=None, overwrite=False)
+        resolved = config.to_yaml(
+            chosen, augment=policy, decode=data.decode, training=recipe, out=None, overwrite=False
+        )
         files.write_text(run.path("config.yaml"), resolved)
         watch.lap("training")
         run.keep_network("model", classifier, history)

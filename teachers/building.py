@@ -17,7 +17,7 @@ from ensemble_kd.features import feature_width
 from ensemble_kd.inference import batch_for
 from ensemble_kd.objective import Viewing
 from ensemble_kd.teachers.ensemble import Ensemble, Outputs, Teacher, stacked
-from ensemble_kd.teachers.layout import Layout
+from ensemble_kd.teachers.layout import Layout, readable
 from ensemble_kd.teachers.runner import Answers
 from ensemble_kd.teachers.store import Store
 from ensemble_kd.teachers.stored import explain_stale
@@ -92,7 +92,8 @@ def build(stores: Sequence[Store], ensemble: Ensemble, train: Images, viewing: V
         left = {view_id: [store.missing(view_id) for store in stores] for view_id in range(views)}
         left = {view_id: missing for view_id, missing in left.items() if any(missing)}
         total = sum(len(chunk) for missing in left.values() for chunk in _chunks(missing, _batch(train)))
-        _tell(stores, ensemble, train, viewing, total)
+        if total:
+            _tell(stores, ensemble, train, viewing, list(left.values()))
         with progress("teachers: storing targets", total) as advance:
             for view_id, missing in left.items():
                 _build_view(stores, ensemble, train, viewing, view_id, missing, advance)
@@ -158,14 +159,22 @@ def _chunks(missing: Sequence[Sequence[range]], size: int) -> list[range]:
     return starts
 
 
-def _tell(stores: Sequence[Store], ensemble: Ensemble, train: Images, viewing: Viewing, images: int) -> None:
+def _tell(
+    stores: Sequence[Store],
+    ensemble: Ensemble,
+    train: Images,
+    viewing: Viewing,
+    missing: Sequence[Sequence[Sequence[range]]],
+) -> None:
     """Say how much is stored and how long it will take, from a batch that is timed."""
-    stored = sum(store.layout.row_bytes for store in stores) * images
-    names = ", ".join(teacher.label for teacher in ensemble.teachers)
-    text = f"storing targets of {names}: {images:,} images, {stored / 1e6:,.1f} MB"
+    rows = [sum(len(shard) for view in missing for shard in view[number]) for number in range(len(stores))]
+    stored = sum(store.layout.row_bytes * count for store, count in zip(stores, rows, strict=True))
+    wanted = [t for t, count in zip(ensemble.teachers, rows, strict=True) if count]
+    names, images = ", ".join(teacher.label for teacher in wanted), max(rows)
+    text = f"storing targets of {names}: {images:,} views of images, {readable(stored)}"
     size = min(_batch(train), len(train))
     if images > _WORTH_TIMING * size:
-        seconds = _seconds_a_batch(ensemble, train, viewing, size) * images / size
+        seconds = _seconds_a_batch(wanted, train, viewing, size) * images / size
         text += f", about {seconds:,.0f} s" if seconds < 180 else f", about {seconds / 60:,.0f} min"
     log.info("%s", text)
 
@@ -176,12 +185,12 @@ def _batch(train: Images) -> int:
     return batch_for((int(height), int(width)), train.ids.device)
 
 
-def _seconds_a_batch(ensemble: Ensemble, train: Images, viewing: Viewing, size: int) -> float:
+def _seconds_a_batch(teachers: Sequence[Teacher], train: Images, viewing: Viewing, size: int) -> float:
     index = torch.arange(size, device=train.ids.device)
     for _ in range(2):  # the first sets up what is set up once
         started = time.perf_counter()
         batch = viewing.take(train, index, 0)
-        for teacher in ensemble.teachers:
+        for teacher in teachers:
             teacher.runner(batch.ids.device)(batch.decoded).logits.sum().item()
         seconds = time.perf_counter() - started
     return seconds

@@ -22,7 +22,7 @@ from ensemble_kd.features import FeatureTap, feature_width
 from ensemble_kd.inference import EVAL_BATCH, predict, predict_with_features
 from ensemble_kd.objective import Target, Viewing
 from ensemble_kd.teachers.class_map import ClassMap, map_classes
-from ensemble_kd.teachers.layout import Layout
+from ensemble_kd.teachers.layout import Layout, check_finite
 from ensemble_kd.teachers.runner import Runner, Running
 from ensemble_kd.teachers.store import Store
 from ensemble_kd.weighting import call, inputs_of
@@ -61,7 +61,7 @@ class Teacher:
     class_map: ClassMap | None = None
     """From its classes to those of the data, where they are not the same."""
     running: Running = field(default_factory=Running)
-    """How it is run for targets; what networks are measured against is always computed in float32."""
+    """How it is run for targets; what networks are measured against is computed in float32, from the original."""
     _runners: dict[tuple[torch.device, Running], Runner] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -174,24 +174,12 @@ class Teacher:
             "images": images.digest,
             "policy": "none" if viewing is None else viewing.policy,
             "mix": "none" if viewing is None else viewing.mix,
-            "view seed": None if plain or viewing is None else viewing.seed,
-            "views version": None if plain else views.VERSION,
+            "seed": None if plain or viewing is None else viewing.seed,
+            "views_version": None if plain else views.VERSION,
             "precision": str(dtype).removeprefix("torch."),
-            **{name: version(name) for name in _LIBRARIES},
+            "folded": self.storable,
+            **{name.replace("-", "_"): version(name) for name in _LIBRARIES},
         }
-
-    def check_finite(self, *outputs: Tensor | None) -> None:
-        """Refuse NaN and infinity.
-
-        Raises:
-            ModelError: there are some.
-        """
-        if not all(bool(values.isfinite().all()) for values in outputs if values is not None):
-            raise ModelError(
-                f"teacher {self.label!r} gives NaN or infinite outputs",
-                "its weights are damaged, or its input is not what it was trained on",
-                "check it with `ekd evaluate`, or leave it out",
-            )
 
     def _raw(self, images: Images, features: bool) -> tuple[Tensor, Tensor | None]:
         """What the network itself says, in its own classes, in float32 and on the device of the images."""
@@ -200,7 +188,7 @@ class Teacher:
         device = images.ids.device
         width = feature_width(self.classifier, self.label) if features else 0
         layout = Layout(len(images), len(self.classifier.classes), features=width, dtype="float32")
-        facts = self.facts(images, "", None, torch.float32) | {"use": "measured"}
+        facts = self.facts(images, "measured split", None, torch.float32) | {"use": "measured"}
         store = Store.open(facts, layout)
         with store.building(1):
             if missing := store.missing(0):
@@ -224,7 +212,7 @@ class Teacher:
                     blocks.append((predict(self.classifier, batch),))
                 advance(len(batch))
         logits, *kept = (torch.cat(parts) for parts in zip(*blocks, strict=True))
-        self.check_finite(logits, *kept)
+        check_finite(self.label, logits, *kept)
         return logits, kept[0] if kept else None
 
 

@@ -5,7 +5,7 @@ Shapes: `V` views, `N` samples, `C` classes, `D` features, `n` rows of one view.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -19,6 +19,8 @@ from ensemble_kd.topk import TopK, below_largest, compress
 
 SHARD_BYTES = 1 << 25
 """Of a teacher's float32 output: what is held at once while a store is made, and lost by a kill."""
+SHARD_ROWS = 1 << 16
+"""So that little work is lost also where outputs are small."""
 _HALF_MAX = torch.finfo(torch.float16).max
 
 
@@ -103,18 +105,13 @@ class Layout:
     @property
     def shard_rows(self) -> int:
         """Rows of every shard of a view but the last, which may have fewer."""
-        return max(1, SHARD_BYTES // (4 * (self.classes + self.features)))
+        return max(1, min(SHARD_ROWS, SHARD_BYTES // (4 * (self.classes + self.features))))
 
     @cached_property
     def shards(self) -> list[range]:
         """The shards of a view, as ranges of its rows."""
         step = self.shard_rows
         return [range(start, min(start + step, self.count)) for start in range(0, self.count, step)]
-
-
-def estimate(layouts: Sequence[Layout], views: int) -> int:
-    """Bytes that `views` views of these teachers take."""
-    return views * sum(layout.view_bytes for layout in layouts)
 
 
 def readable(count: float) -> str:
@@ -125,6 +122,20 @@ def readable(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def check_finite(label: str, *outputs: Tensor | None) -> None:
+    """Refuse NaN and infinity among a teacher's outputs.
+
+    Raises:
+        ModelError: there are some.
+    """
+    if not all(bool(values.isfinite().all()) for values in outputs if values is not None):
+        raise ModelError(
+            f"teacher {label!r} gives NaN or infinite outputs",
+            "its weights are damaged, or its input is not what it was trained on",
+            "check it with `ekd evaluate`, or leave it out",
+        )
 
 
 def pack(
@@ -138,13 +149,7 @@ def pack(
     Raises:
         ModelError: an output is not finite, or a feature is beyond half precision.
     """
-    outputs = [logits] if features is None else [logits, features]
-    if not all(bool(values.isfinite().all()) for values in outputs):
-        raise ModelError(
-            f"teacher {label!r} gives NaN or infinite outputs",
-            "its weights are damaged, or its input is not what it was trained on",
-            "check it with `ekd evaluate`, or leave it out",
-        )
+    check_finite(label, logits, features)
     half = layout.dtype == "float16"
     if half and features is not None and (largest := float(features.abs().max())) > _HALF_MAX:
         raise ModelError(

@@ -47,7 +47,7 @@ class Answers(NamedTuple):
 
 
 class Runner:
-    """A network set up for inference alone; the classifier it is made from stays as it is."""
+    """A network set up for inference alone; the numbers of the classifier it is made from stay as they are."""
 
     def __init__(
         self, classifier: Classifier, label: str, device: torch.device, running: Running, *, own_code: bool

@@ -75,8 +75,10 @@ class StoredTargets:
 
     @property
     def _held_bytes(self) -> int:
-        width = len(self.ensemble.known_mask.T) * len(self.ensemble.teachers)
-        return 4 * len(self.train) * (width + sum(store.layout.features for store in self.stores))
+        """Of a view's targets, and of the outputs that they are made from."""
+        count, classes = self.ensemble.known_mask.shape
+        width = (count + 2) * classes + sum(store.layout.features for store in self.stores)
+        return 4 * len(self.train) * width
 
     def begin(self, epoch: int) -> None:
         """See `objective.TargetSource`."""

@@ -264,7 +264,7 @@ def test_what_is_stored_is_not_run_again(few_digits: Dataset, own_cache: Path) -
     with watched() as seen, logged() as lines:
         made = said(stored(ensemble(), few_digits), few_digits)
     assert seen == {"t1": 200, "t2": 200}  # the view that was asked for
-    assert lines == ["INFO: storing targets of t1, t2: 200 images, 0.0 MB"]
+    assert lines == ["INFO: storing targets of t1, t2: 200 views of images, 8.0 kB"]
     with watched() as seen, logged() as lines:
         stored(ensemble(), few_digits).build()
         assert seen == {"t1": 200, "t2": 200}  # the other one
@@ -375,7 +375,7 @@ OTHERS: dict[str, tuple[Viewing, str, str]] = {
     "mix": (replace(VIEWING, mix="cutmix"), "float32", "mixing none → cutmix"),
     "precision": (VIEWING, "bfloat16", "precision float32 → bfloat16"),
     "images as they are": (
-        Viewing("none", 1, 0), "float32", "view policy crop → none, view seed 0 → none, views version 1 → none",
+        Viewing("none", 1, 0), "float32", "view policy crop → none, view seed 0 → none, version of views 1 → none",
     ),
 }  # fmt: skip
 
@@ -390,7 +390,7 @@ def test_stored_views_of_another_kind_are_not_taken(few_digits: Dataset, name: s
     assert seen == {"t1": 200}
     assert lines == [
         f"INFO: stored targets of t1 for digits are made anew: {told}",
-        "INFO: storing targets of t1: 200 images, 0.0 MB",
+        "INFO: storing targets of t1: 200 views of images, 4.0 kB",
     ]
     assert alike(said(one, few_digits, other), said(LiveTargets(one.ensemble), few_digits, other))
     with watched() as seen, logged() as lines:  # and the first one is still there
@@ -437,7 +437,7 @@ def test_much_work_is_told_with_its_time(few_digits: Dataset, monkeypatch: pytes
         kept = stored(ensemble(), few_digits)
         kept.build()
     (line,) = lines
-    assert re.fullmatch(r"INFO: storing targets of t1, t2: 400 images, 0\.0 MB, about \d+ s", line)
+    assert re.fullmatch(r"INFO: storing targets of t1, t2: 400 views of images, 16\.0 kB, about \d+ s", line)
     assert apart(said(kept, few_digits).soft, by_hand(kept.ensemble, few_digits)[0]) <= ROUNDING
 
 
@@ -469,9 +469,9 @@ def test_mapped_teachers(few_digits: Dataset, name: str, k: int | None) -> None:
     assert apart(swapped.soft, by_hand(again, few_digits, k=k)[0]) <= ROUNDING
 
 
-@pytest.mark.parametrize("k", [None, 9, 6, 3])
+@pytest.mark.parametrize("k", [None, 9, 6])
 def test_a_teacher_that_knows_some_classes_only(few_digits: Dataset, k: int | None) -> None:
-    """By what it says of its own classes: what it does not know has no part of what is missing."""
+    """All that it knows is kept."""
     groups = tuple((digit,) if digit % 2 else () for digit in range(10))
     partial, whole = teacher(1, groups=groups), teacher(2)
     together = ensemble(partial, whole)

@@ -26,8 +26,10 @@ from support import logged, refused
 
 from ensemble_kd import files
 from ensemble_kd.errors import ConfigError, EkdError, ModelError
+from ensemble_kd.objective import Viewing
 from ensemble_kd.teachers import layout as layouts
-from ensemble_kd.teachers.layout import Layout, estimate
+from ensemble_kd.teachers.layout import Layout
+from ensemble_kd.teachers.registry import load_teacher
 from ensemble_kd.teachers.store import Store, key_of, lock, targets_dir
 from ensemble_kd.teachers.stored import explain_stale, prune_targets
 from ensemble_kd.topk import expand
@@ -149,7 +151,6 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_bytes_are_those_of_the_columns(layout, row):
     assert layout.row_bytes == row
     assert layout.view_bytes == 100 * row
-    assert estimate([layout, Layout(100, 10)], 16) == 16 * 100 * (row + 20)
 
 
 @pytest.mark.parametrize("layout", [DENSE, Layout(1_281_167, 1000), Layout(50_000, 100), Layout(7, 10**8)])
@@ -841,3 +842,9 @@ def test_two_teachers_with_the_same_weights_do_not_wait_for_each_other(own_cache
     assert holds(first, 1)
     assert holds(second, 1)
     assert holds(Store.open(FACTS, DENSE), 1)
+
+
+def test_the_facts_of_these_tests_are_those_that_teachers_have(few_digits, own_cache):
+    teacher = load_teacher("lenet", few_digits, training={"epochs": 1})
+    facts = teacher.facts(few_digits.train, "digits", Viewing("crop", 1, 0), torch.float32)
+    assert facts.keys() == FACTS.keys()

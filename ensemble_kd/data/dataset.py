@@ -146,6 +146,11 @@ class Dataset:
     """The policy of views that suits these images (see `views.POLICIES`)."""
 
     @property
+    def decode(self) -> str:
+        """`always` where images stay in files, `once` where they are in memory (see `load_data`)."""
+        return "always" if isinstance(self.train.pixels, FilePixels) else "once"
+
+    @property
     def channels(self) -> int:
         """1 for grey images, 3 for colour."""
         return int(self.train.pixels.shape[1])

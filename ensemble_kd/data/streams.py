@@ -272,7 +272,8 @@ def decoders() -> ThreadPoolExecutor:
 
 
 def _threads() -> int:
-    return os.cpu_count() or 1
+    available = getattr(os, "sched_getaffinity", None)  # fewer than there are, in a container
+    return len(available(0)) if available else os.cpu_count() or 1
 
 
 def shortened(problems: list[Problem]) -> list[Problem]:
