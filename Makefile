@@ -25,7 +25,7 @@ types: .venv/.dev
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p ensemble_kd
 
 # About half an hour; ROWS=1,6 measures these rows alone.
-bench: .venv/.dev
+bench: .venv/.bench
 	$(BIN)/python -m benchmarks $(if $(ROWS),--rows $(ROWS)) $(if $(wildcard $(FASHION_MNIST)),--fashion-mnist $(FASHION_MNIST))
 
 clean:
@@ -40,6 +40,10 @@ clean:
 .venv/.installed: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install -qq -e .
 	touch $@
+
+.venv/.bench: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install -qq -e '.[dev,bench]'
+	touch $@ .venv/.dev .venv/.installed
 
 .venv/.dev: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install -qq -e '.[dev]'
