@@ -114,7 +114,7 @@ def main() -> None:
     device, quick, blocks = choose_device(chosen.device), chosen.quick, 2 if chosen.quick else 7
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "1,3,4": lambda: steps.rows(device, blocks, quick),
-        "5": lambda: memory.rows(device, 1 if quick else 3, exact=True),
+        "5": lambda: memory.rows(device, repeats=1, exact=True),  # which repeats within 3 %
         "6": lambda: loader_rows(quick),
         "7": lambda: storing.rows(device, blocks, quick),
         "9": lambda: accuracy_rows(quick, chosen.fashion_mnist),
