@@ -25,7 +25,8 @@ from ensemble_kd.data.dataset import Dataset
 from ensemble_kd.errors import ConfigError
 from ensemble_kd.runs import Run
 from ensemble_kd.teachers.ensemble import Teacher
-from ensemble_kd.teachers.runner import Answers, Runner
+from ensemble_kd.teachers.runner import Answers, Runner, Running
+from ensemble_kd.weights import save_classifier
 
 QUICK: dict[str, Any] = {"epochs": 2, "teacher_epochs": 1, "limit_train": 100, "augment": "crop", "views": 2}
 FLAGS = ["--epochs", 2, "--teacher-epochs", 1, "--limit-train", 100]
@@ -67,7 +68,6 @@ def _own_folders(own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 # Build, then distil
 
 SAME: dict[str, dict[str, Any]] = {
-    "plain": {},
     "mixed, of the largest three": {"augment": "trivial", "mix": "cutmix", "top_k": 3, "temperature": 2},
     "calibrated": {"calibrate": "teachers", "top_k": 5, "temperature": "lenet=3,cifar-quick=5"},
     "features": {"feature_weight": 0.5, "augment": "none", "views": 1},
@@ -95,6 +95,31 @@ def test_distill_with_the_same_options_runs_no_teacher(tmp_path: Path, unmeasure
     with watched() as seen:  # and it is built once
         assert build_targets(["lenet", "cifar-quick"], **options) == made
     assert not seen
+
+
+@pytest.mark.parametrize("views", [0, 1])
+def test_teachers_are_run_as_the_options_say(
+    tmp_path: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch, views: int
+) -> None:
+    runnings: list[Running] = []
+    init = Runner.__init__
+
+    def noted(
+        self: Runner, classifier: Any, label: str, device: Any, running: Running, **options: Any
+    ) -> None:
+        runnings.append(running)
+        init(self, classifier, label, device, running, **options)
+
+    monkeypatch.setattr(Runner, "__init__", noted)
+    options = QUICK | {"views": views, "epochs": 1, "teacher_batch": 33, "teacher_precision": "bfloat16"}
+    distill("lenet", **options, **ALONE, out=tmp_path / "run")
+    assert runnings == [Running(33, "bfloat16")]
+    precisions = [
+        json.loads((Path(row["folder"]) / "store.json").read_text())["facts"]["precision"]
+        for row in list_targets()
+        if row["policy"] == "crop"
+    ]
+    assert precisions == ["bfloat16"] * views
 
 
 def test_distill_of_more_views_runs_those_alone(tmp_path: Path, unmeasured: None) -> None:
@@ -253,8 +278,9 @@ def test_what_cannot_go_together(tmp_path: Path, own_cache: Path, name: str) -> 
     assert not own_cache.exists()
 
 
-def test_the_largest_k_of_a_teacher_that_knows_some_classes_only(tmp_path: Path) -> None:
-    run = ensemble_kd.train("lenet", epochs=1, limit_train=100, out=tmp_path / "some").folder
+def test_the_largest_k_of_a_teacher_that_knows_some_classes_only(few_digits: Dataset, tmp_path: Path) -> None:
+    own = load_teacher("lenet", few_digits, training={"epochs": 1}).classifier
+    save_classifier(tmp_path / "some.safetensors", own)
     table = tmp_path / "map.yaml"
     table.write_text("".join(f"{digit}: {digit if digit < 6 else 'null'}\n" for digit in range(10)))
     options = QUICK | {"class_map": {"some": table}, "top_k": 3}
@@ -264,8 +290,8 @@ def test_the_largest_k_of_a_teacher_that_knows_some_classes_only(tmp_path: Path)
         "the rest of its logits is spread over all classes, and would be cut away again",
         "leave --top-k out, or that teacher",
     ):
-        build_targets([str(run), "lenet"], **options)
-    build_targets([str(run), "lenet"], **(options | {"top_k": None}))
+        build_targets([str(tmp_path / "some.safetensors"), "lenet"], **options)
+    build_targets([str(tmp_path / "some.safetensors"), "lenet"], **(options | {"top_k": None}))
 
 
 def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
@@ -320,7 +346,7 @@ def test_a_run_with_all_of_it_is_repeated_by_its_configuration(
         "distill", "--teachers", "lenet,cifar-quick", "--student", "lenet", "--limit-train", 200,
         "--epochs", 1, "--teacher-epochs", 1, "--batch-size", 8, "--views", 1,
         "--mix", "mixup", "--augment", "trivial", "--top-k", 3, "--teacher-batch", 7,
-        "--profile", "--controls", "best-teacher", "--out", run, "--json",
+        "--profile", "--controls", "none", "--out", run, "--json",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
     metrics = json.loads(result.stdout)
@@ -331,9 +357,7 @@ def test_a_run_with_all_of_it_is_repeated_by_its_configuration(
     assert "traceEvents" in json.loads((run / "trace.json").read_text())
     assert f"a training step takes {profile['step']:.2f} ms" in result.stderr
     history = Run(run).history()
-    assert {row["network"] for row in history} == {"student", "best-teacher"}
-    assert [row.get("profile") for row in history if row["network"] == "student"] == [profile]
-    assert all("profile" not in row for row in history if row["network"] != "student")
+    assert [row.get("profile") for row in history] == [profile]
     assert all("teacher_student_cross_entropy" in row["train"] for row in history)
     config = yaml.safe_load((run / "config.yaml").read_text())
     told = {name: config[name] for name in ("mix", "augment", "top_k", "teacher_batch", "profile", "views")}
@@ -364,22 +388,15 @@ def test_profiling_is_left_out_where_it_is_not_wanted(tmp_path: Path, unmeasured
     assert plain.student.fingerprint() == profiled.student.fingerprint()
 
 
-def test_training_alone_is_profiled_too(tmp_path: Path) -> None:
-    options = ["--epochs", 1, "--limit-train", 200, "--batch-size", 8, "--role", "control"]
-    result = ekd("train", "lenet", *options, "--profile", "--out", tmp_path / "run")
-    assert result.exit_code == 0, result.stderr
-    profile = json.loads((tmp_path / "run" / "profile.json").read_text())["milliseconds"]
+def test_training_a_teacher_is_profiled_where_it_is_trained(tmp_path: Path) -> None:
+    options = ["--epochs", 1, "--limit-train", 100, "--batch-size", 4, "--profile"]
+    first, second = (ekd("train", "lenet", *options, "--out", tmp_path / name) for name in ("one", "two"))
+    assert first.exit_code == second.exit_code == 0, first.stderr
+    profile = json.loads((tmp_path / "one" / "profile.json").read_text())["milliseconds"]
     assert profile.keys() == {"views", "forward", "loss", "backward", "optimizer", "other", "step"}
-    assert (tmp_path / "run" / "trace.json").is_file()
-
-
-def test_a_teacher_from_the_library_is_not_profiled_again(tmp_path: Path) -> None:
-    options = {"epochs": 1, "limit_train": 100, "batch_size": 4, "profile": True}
-    first, second = (ensemble_kd.train("lenet", **options, out=tmp_path / name) for name in ("one", "two"))
-    assert first.model.fingerprint() == second.model.fingerprint()
-    for run in (first, second):
-        files = [(run.folder / name).exists() for name in ("profile.json", "trace.json")]
-        assert files[0] == files[1]
+    assert (tmp_path / "one" / "trace.json").is_file()
+    assert "teacher lenet: from the library" in second.stderr
+    assert not any((tmp_path / "two" / name).exists() for name in ("profile.json", "trace.json"))
 
 
 def test_a_stopped_run_goes_on_without_running_teachers_again(
