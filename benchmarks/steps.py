@@ -84,7 +84,7 @@ LARGE = {"resnet18": ("timm:resnet18", "small"), "vgg16": ("timm:vgg16", "small"
 SETTINGS = {
     "small-lenet": Setting("small teachers → LeNet", SMALL, "lenet", cheap=40, dear=10),
     "small-resnet8": Setting("small teachers → ResNet-8", SMALL, "resnet8", cheap=10, dear=5),
-    "large-lenet": Setting("small-stem resnet18 + VGG16 → LeNet", LARGE, "lenet", cheap=20, dear=2),
+    "large-lenet": Setting("small-stem resnet18 + VGG16 → LeNet", LARGE, "lenet", cheap=20, dear=1),
 }
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ensemble_kd.classifier import Classifier
+from ensemble_kd.console import log
 from ensemble_kd.data import views
 from ensemble_kd.data.dataset import Images
 from ensemble_kd.errors import TrainingError
@@ -103,6 +104,8 @@ class Loop:
                 self._walk(epoch, order, profile)
             report(profile.table, trace)
             return {"profile": profile.table}
+        if trace is not None and epoch == 0:
+            log.warning("nothing is profiled: an epoch has one step only")
         if self._can_be_recorded:
             self._replay(epoch, order)
         else:

@@ -269,7 +269,8 @@ def _train_and_keep(
         description=f"teacher {label}",
         engine=engine,
     )
-    folder = library.keep(classifier, made_from, {"val": history[-1]["val"], "history": history})
+    rows = [{key: value for key, value in row.items() if key != "profile"} for row in history]
+    folder = library.keep(classifier, made_from, {"val": history[-1]["val"], "history": rows})
     log.info(
         "teacher %s: validation accuracy %.3f, kept in %s", label, history[-1]["val"]["accuracy"], folder
     )

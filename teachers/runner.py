@@ -72,11 +72,14 @@ class Runner:
         if features and self._tap is None:
             self._tap = FeatureTap(self._net, self._label)
         while True:
+            tried = min(self._batch, len(pixels))
             try:
                 parts = [self._run(part, features) for part in pixels.split(self._batch)]
                 break
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                self._halve(error, min(self._batch, len(pixels)))
+            except RuntimeError as error:
+                if tried <= 1 or not _is_lack_of_memory(error):
+                    raise
+            self._halve(tried)  # out here, as the error holds on to what was computed
         logits, kept = zip(*parts, strict=True)
         return Answers(torch.cat(logits), torch.cat(kept) if features else None)
 
@@ -89,16 +92,16 @@ class Runner:
             logits = self._net(pixels).float()
             return logits, tap.take().float() if tap else logits
 
-    def _halve(self, error: RuntimeError, tried: int) -> None:
-        text = str(error)
-        short = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text
-        if not short or tried <= 1:
-            raise error
+    def _halve(self, tried: int) -> None:
         self._batch = tried // 2
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        log.warning("teacher %s: %d images at a time are too many, going on with %d",
-                    self._label, tried, self._batch)  # fmt: skip
+        text = "teacher %s: %d images at a time are too many, going on with %d"
+        log.warning(text, self._label, tried, self._batch)
+
+
+def _is_lack_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def folded(classifier: Classifier) -> Classifier | None:
@@ -112,10 +115,10 @@ def folded(classifier: Classifier) -> Classifier | None:
     pre, device = classifier.card.preprocess, next(classifier.parameters()).device
     try:
         net = fx.symbolic_trace(copy.deepcopy(classifier.net).eval())
-    except Exception as error:  # fx cannot trace every network, and raises many kinds
+        _fold(net)
+    except Exception as error:  # neither can every network be traced nor every layer folded; many kinds
         log.debug("batch normalisation is not folded: %s", error)
         return None
-    _fold(net)
     copied = Classifier(net, classifier.card).freeze().to(device)
     generator = torch.Generator().manual_seed(0)
     probe = torch.randint(0, 256, (_PROBE, pre.channels, *pre.size), dtype=torch.uint8, generator=generator)

@@ -273,9 +273,6 @@ class Parametrised(Layers):
         return self.pooled(self.two(self.second(F.relu(self.one(self.first(x))))))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="BUG: what fuse_conv_bn_eval refuses is raised, since _fold is outside of the try"
-)
 @pytest.mark.parametrize("make", [OfThisBatch, Parametrised])
 def test_what_cannot_be_folded_is_run_all_the_same(pixels: Tensor, make: Callable[[], nn.Module]) -> None:
     model = classifier(make())

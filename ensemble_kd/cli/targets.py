@@ -17,6 +17,7 @@ targets = typer.Typer(
 )
 _FLAGS = (
     "teachers",
+    "student",
     "data",
     "data_root",
     "split",
@@ -29,6 +30,10 @@ _FLAGS = (
     "views",
     "top_k",
     "temperature",
+    "loss",
+    "combine",
+    "weights",
+    "pool",
     "calibrate",
     "class_map",
     "feature_weight",
