@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 import ensemble_kd
 from ensemble_kd import distillation
 from ensemble_kd.calibration import fit_temperature
-from ensemble_kd.classifier import Classifier
+from ensemble_kd.classifier import Card, Classifier, Preprocess
 from ensemble_kd.cli import app
 from ensemble_kd.data import load_data
 from ensemble_kd.data.dataset import Dataset, Images
