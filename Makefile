@@ -24,7 +24,7 @@ types: .venv/.dev
 	cp -r teachers analysis build/types/ensemble_kd/
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p ensemble_kd
 
-# About half an hour; ROWS=1,6 measures these rows alone.
+# Long: large teachers and the memory case at 224 px take tens of minutes on two cores. ROWS=6,7 measures these alone.
 bench: .venv/.bench
 	$(BIN)/python -m benchmarks $(if $(ROWS),--rows $(ROWS)) $(if $(wildcard $(FASHION_MNIST)),--fashion-mnist $(FASHION_MNIST))
 

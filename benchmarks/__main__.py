@@ -2,8 +2,8 @@
 
     python -m benchmarks [--rows 1,6] [--quick] [--device cpu]
 
-Sides of a row take turns in blocks; medians with min–max, ratios of paired blocks. Row 9 trains 12 students (5 to
-15 minutes), row 11 writes 1.6 GB of JPEGs into a temporary folder. Rows that need a GPU: `python -m benchmarks.gpu`.
+Sides of a row take turns in blocks; medians with min–max, ratios of paired blocks. Row 9 trains 12 students,
+row 11 writes 1.6 GB of JPEGs into a temporary folder. Rows that need a GPU: `python -m benchmarks.gpu`.
 Writes results/speed.json with machine and commit; the rows that are not asked for keep what they had.
 """
 

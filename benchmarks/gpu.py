@@ -5,7 +5,7 @@
 Images are Fashion-MNIST's (30 MB), padded to 32×32 and in three channels, repeated to 240,000, so that an
 epoch is long against what is done once an epoch; without --root they are random bytes. Every speed is that
 of whole epochs of the public `fit`, the first of which (set-up, recording) is left out. Sides that are
-compared take turns. About eight minutes on an H200; torch ≥ 2.11.
+compared take turns. Meant for ten minutes on an H200; torch ≥ 2.11.
 """
 
 from __future__ import annotations
