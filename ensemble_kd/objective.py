@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -88,29 +88,16 @@ class Objective:
         smoothing: float,
         mixed: Mixed | None = None,
     ) -> Tensor:
+        common: dict[str, Any] = {
+            "soft_weight": soft_weight,
+            "temperature": self.temperature,
+            "label_smoothing": smoothing,
+            "mixed": mixed,
+        }
         eager = not torch.compiler.is_compiling()  # a compiler fuses the plain formula itself
         if self.loss == "kl" and target is not None and soft_weight > 0 and eager:
-            return fused_kd(
-                logits,
-                labels,
-                target,
-                soft_weight=soft_weight,
-                temperature=self.temperature,
-                label_smoothing=smoothing,
-                mixed=mixed,
-                unlabelled=self.unlabelled,
-            )
-        return distillation_loss(
-            logits,
-            labels,
-            target,
-            soft_weight=soft_weight,
-            temperature=self.temperature,
-            label_smoothing=smoothing,
-            loss=self.loss,
-            numbers=self.numbers,
-            mixed=mixed,
-        )
+            return fused_kd(logits, labels, target, **common, unlabelled=self.unlabelled)
+        return distillation_loss(logits, labels, target, **common, loss=self.loss, numbers=self.numbers)
 
 
 @dataclass(frozen=True)
