@@ -63,13 +63,14 @@ PEER = "torchdistill, {} workers"
 
 @dataclass(frozen=True)
 class Setting:
-    """Teachers and a student at 32×32, and how many steps a block of its cheap and its dear sides has."""
+    """Teachers and a student at 32×32, the steps of a block of its cheap and its dear sides, and the most blocks."""
 
     name: str
     teachers: dict[str, tuple[str, str]]
     student: str
     cheap: int
     dear: int
+    most: int = 7
 
     def networks(self) -> tuple[dict[str, Classifier], Classifier]:
         """The teachers by name, and the student; the same weights on every call."""
@@ -84,7 +85,7 @@ LARGE = {"resnet18": ("timm:resnet18", "small"), "vgg16": ("timm:vgg16", "small"
 SETTINGS = {
     "small-lenet": Setting("small teachers → LeNet", SMALL, "lenet", cheap=40, dear=10),
     "small-resnet8": Setting("small teachers → ResNet-8", SMALL, "resnet8", cheap=10, dear=5),
-    "large-lenet": Setting("small-stem resnet18 + VGG16 → LeNet", LARGE, "lenet", cheap=20, dear=1),
+    "large-lenet": Setting("small-stem resnet18 + VGG16 → LeNet", LARGE, "lenet", cheap=20, dear=1, most=3),
 }
 
 
@@ -114,7 +115,7 @@ def measure(setting: Setting, device: torch.device, blocks: int, quick: bool) ->
     with own_cache():
         sides = make_sides(setting, device, cheap, dear)
         in_ms = {name: partial(_milliseconds, side) for name, side in sides.items()}
-        return interleave(in_ms, min(blocks, 2) if quick else blocks)
+        return interleave(in_ms, 2 if quick else min(blocks, setting.most))
 
 
 def _milliseconds(side: Callable[[], float]) -> float:

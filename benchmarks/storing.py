@@ -40,7 +40,7 @@ SETTINGS = {
     "small teachers": {"resnet18": ("timm:resnet18", "stock"), "quarter-vgg16": ("quarter-vgg16", "stock")},
     "small-image teachers": {"resnet18": ("timm:resnet18", "small"), "vgg16_bn": ("timm:vgg16_bn", "small")},
 }
-COUNTS = {"small teachers": 4096, "small-image teachers": 256}
+COUNTS = {"small teachers": 4096, "small-image teachers": 128}
 
 
 def sides(teachers: dict[str, Classifier], data: Images) -> dict[str, Callable[[], float]]:
