@@ -13,8 +13,9 @@ import numpy as np
 from torch import Tensor
 
 from ensemble_kd import files
+from ensemble_kd.analysis.options import AgreementOptions
 from ensemble_kd.analysis.plots import draw_heat_maps
-from ensemble_kd.config import resolve
+from ensemble_kd.analysis.subjects import chosen_options
 from ensemble_kd.data import load_data
 from ensemble_kd.device import choose_device
 from ensemble_kd.errors import ConfigError
@@ -22,7 +23,6 @@ from ensemble_kd.evaluation import load_any
 from ensemble_kd.inference import predict
 from ensemble_kd.metrics import RESAMPLES, Measure
 from ensemble_kd.runs import RUNS, Run
-from ensemble_kd.schema import AgreementOptions
 from ensemble_kd.tables import text_table
 
 CELLS = ("both_right", "only_first", "only_second", "both_wrong", "same_wrong")
@@ -87,8 +87,7 @@ def analyze_agreement(
         RunError: the run is missing or did not finish.
         ConfigError: both a run and models are named, or fewer than two models.
     """
-    given = {**options, "run": run, "models": [models] if isinstance(models, str) else models}
-    chosen = resolve(AgreementOptions, given, file=Path(config_file) if config_file else None, sets=sets)
+    chosen = chosen_options(AgreementOptions, run, models, options, config_file, sets)
     if chosen.models:
         predictions, labels, source, data = _predict_all(chosen)
         folder = chosen.out or RUNS / f"agreement-{datetime.now():%Y%m%d-%H%M%S}"

@@ -3,26 +3,48 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ensemble_kd import files
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def draw_heat_maps(matrices: Mapping[str, np.ndarray], names: Sequence[str], path: Path) -> None:
-    """Square matrices side by side, colours fixed to 0–1, into a PNG at `path`."""
+_DPI = 110
+
+
+@contextmanager
+def picture(path: Path, width: float, height: float, style: str = "white") -> Iterator[Figure]:
+    """An empty figure of that size in inches, written as PNG to `path` at the end of the block.
+
+    A name such as x$\\frac$ stays text. No global state of matplotlib is touched.
+    """
     import matplotlib as mpl
     import seaborn as sns
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    with mpl.rc_context({**sns.axes_style(style), "text.parse_math": False}):
+        yield figure
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=_DPI)
+    files.write_bytes(path, buffer.getvalue())
+
+
+def draw_heat_maps(matrices: Mapping[str, np.ndarray], names: Sequence[str], path: Path) -> None:
+    """Square matrices side by side, colours fixed to 0–1, into a PNG at `path`."""
+    import seaborn as sns
+
     shown = [shorten(name) for name in names]
     side = 1.8 + 0.75 * len(names) + 0.08 * max(map(len, shown))
-    figure = Figure(figsize=(side * len(matrices) + 1, side), layout="constrained")
-    FigureCanvasAgg(figure)
-    with mpl.rc_context({"text.parse_math": False}):  # a name such as x$\\frac$ stays text
+    with picture(path, side * len(matrices) + 1, side) as figure:
         axes = figure.subplots(1, len(matrices), squeeze=False)[0]
         for axis, (title, values) in zip(axes, matrices.items(), strict=True):
             sns.heatmap(
@@ -39,9 +61,6 @@ def draw_heat_maps(matrices: Mapping[str, np.ndarray], names: Sequence[str], pat
             )
             axis.set_title(title)
             axis.tick_params(axis="x", rotation=45)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110)
-    files.write_bytes(path, buffer.getvalue())
 
 
 def shorten(name: str, length: int = 30) -> str:

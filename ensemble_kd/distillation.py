@@ -22,16 +22,13 @@ from ensemble_kd.losses import LOSSES
 from ensemble_kd.models import ModelName, parse
 from ensemble_kd.objective import Objective
 from ensemble_kd.results import compare
-from ensemble_kd.runs import Run, Stopwatch, surroundings
+from ensemble_kd.runs import OBJECTS, Run, Stopwatch, surroundings
 from ensemble_kd.schema import DistillOptions
 from ensemble_kd.setting import Objects, Setting, engine_of, prepare
 from ensemble_kd.teachers.combination import best_alone, describe
 from ensemble_kd.teachers.ensemble import Ensemble, Teacher
 from ensemble_kd.teachers.library import recipe_of
 from ensemble_kd.teachers.targets import LiveTargets
-
-OBJECTS = "distill with objects"
-"""The verb in the status of a run that was given Python objects, which no file can bring back."""
 
 
 @dataclass(frozen=True)

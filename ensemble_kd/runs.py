@@ -29,6 +29,8 @@ from ensemble_kd.models import ModelName
 from ensemble_kd.weights import load_classifier, save_classifier
 
 RUNS = Path("runs")
+OBJECTS = "distill with objects"
+"""The verb in the status of a run that was given Python objects, which no file can bring back."""
 _OVERWRITTEN = (
     "history.jsonl",
     "metrics.json",
@@ -186,6 +188,10 @@ class Run:
                 f"{self.folder} did not finish", "it has no metrics.json", f"go on: ekd resume {self.folder}"
             )
         return files.read_json(self.path("metrics.json"))
+
+    def manifest(self) -> dict[str, Any]:
+        """manifest.json of a finished run."""
+        return files.read_json(self.path("manifest.json"))
 
     def keep_predictions(self, logits: dict[str, Tensor], labels: Tensor) -> None:
         """Save test logits (N, C) by model, and the labels, for the analyses."""

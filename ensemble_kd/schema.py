@@ -124,16 +124,6 @@ class EvaluateOptions(DataOptions):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
 
 
-class AgreementOptions(DataOptions):
-    """`ekd analyze-agreement`."""
-
-    run: Path | None = Field(None, description="run folder; the newest finished one where none is named")
-    models: Names = Field([], description="instead of a run: models by name, run folder or file")
-    seed: int = Field(0, ge=0, description="of the bootstrap")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
-    out: Path | None = Field(None, description="folder for agreement.json and agreement.png")
-
-
 class CombineOptions(NetworkOptions):
     """Which teachers, and how they are combined."""
 

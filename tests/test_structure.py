@@ -39,7 +39,10 @@ LEVELS = [
     {"teachers.ensemble", "teachers.building", "teachers.targets"},
     {"teachers.registry", "teachers.catalogue", "teachers.combination"},
     {"setting", "judges"},
-    {"distillation", "training", "evaluation", "analysis", "analysis.plots", "analysis.diversity"},
+    {
+        "distillation", "training", "evaluation", "analysis", "analysis.plots", "analysis.options", "analysis.diversity",
+    },
+    {"analysis.subjects"},
     {"analysis.agreement", "analysis.teachers"},
     {"cli.options"},
     {

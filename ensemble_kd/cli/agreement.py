@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ensemble_kd.analysis.options import AgreementOptions
 from ensemble_kd.cli.options import emit, verb
-from ensemble_kd.schema import AgreementOptions
 
 _FLAGS = ("run", "models", "data", "data_root", "split", "image_size", "seed", "device", "offline", "out")
 
