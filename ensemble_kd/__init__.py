@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 
 _API = {
     "distill": "ensemble_kd.distillation",
-    "resume": "ensemble_kd.distillation",
+    "resume": "ensemble_kd.resuming",
     "train": "ensemble_kd.training",
     "evaluate": "ensemble_kd.evaluation",
     "load_student": "ensemble_kd.weights",
@@ -41,10 +41,10 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from ensemble_kd.data import load_data as load_data
     from ensemble_kd.data.inspect import inspect_data as inspect_data
     from ensemble_kd.distillation import distill as distill
-    from ensemble_kd.distillation import resume as resume
     from ensemble_kd.errors import EkdError as EkdError
     from ensemble_kd.evaluation import evaluate as evaluate
     from ensemble_kd.judges import build_targets as build_targets
+    from ensemble_kd.resuming import resume as resume
     from ensemble_kd.teachers.catalogue import list_models as list_models
     from ensemble_kd.teachers.registry import load_teacher as load_teacher
     from ensemble_kd.teachers.stored import list_targets as list_targets

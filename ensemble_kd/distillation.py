@@ -14,15 +14,15 @@ from ensemble_kd import config, files
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.console import log
 from ensemble_kd.curves import draw_curves
-from ensemble_kd.errors import RunError
 from ensemble_kd.features import FeatureTerm, feature_width
 from ensemble_kd.fit import fit
+from ensemble_kd.interrupts import deferred
 from ensemble_kd.judges import Judges, combined, of_other_seeds, teachers_of
 from ensemble_kd.losses import LOSSES
 from ensemble_kd.models import ModelName, parse
 from ensemble_kd.objective import Objective
 from ensemble_kd.results import compare
-from ensemble_kd.runs import OBJECTS, Run, Stopwatch, surroundings
+from ensemble_kd.runs import OBJECTS, Run, Stopwatch, flat, surroundings
 from ensemble_kd.schema import DistillOptions
 from ensemble_kd.setting import Objects, Setting, engine_of, prepare
 from ensemble_kd.teachers.combination import best_alone, describe
@@ -80,68 +80,56 @@ def distill(
     if student is not None:
         given["student"] = student if isinstance(student, str) else student.card.model
     file = Path(config_file) if config_file else None
-    return _distill(config.resolve(DistillOptions, given, file=file, sets=sets), objects, None)
+    return _distill(config.resolve(DistillOptions, given, file=file, sets=sets), objects)
 
 
-def resume(folder: str | Path) -> DistillResult:
-    """Go on with a run that was stopped: networks that it finished are kept, the others trained.
-
-    Raises:
-        RunError: the folder is no run, or the run is finished.
-    """
-    run = Run.open(Path(folder))
-    if run.status()["verb"] == OBJECTS:
-        raise RunError(
-            f"{folder} cannot be resumed",
-            "it was given teachers, a student or a function as Python objects, which are not in the folder",
-            "call distill again with the same objects and overwrite=True",
-        )
-    if run.status()["verb"] != "distill":
-        raise RunError(
-            f"{folder} is a run of `ekd train`",
-            "it trains one network, which starts again from the beginning",
-            f"repeat it: ekd train --config {run.path('config.yaml')} --out {folder} --overwrite",
-        )
-    if run.status()["state"] == "finished":
-        raise RunError(
-            f"{folder} is finished",
-            "there is nothing left to do",
-            f"look at it: ekd analyze-agreement {folder}",
-        )
-    options = config.resolve(DistillOptions, {}, file=run.path("config.yaml"))
-    run.set_state("running")
-    return _distill(options, Objects({}), run)
+def go_on(run: Run) -> DistillResult:
+    """Finish a stopped run of `distill` whose folder is locked (see `resuming.resume`)."""
+    with run.working():
+        run.set_state("running")
+        run.must_match("configuration", flat(config.read_yaml(run.path("config.yaml"))))
+        options = config.resolve(DistillOptions, {}, file=run.path("config.yaml"))
+        watch = Stopwatch()
+        setting, names = prepare(options, Objects({}))
+        return _finish(run, setting, names, watch)
 
 
-def _distill(options: DistillOptions, objects: Objects, run: Run | None) -> DistillResult:
+def _distill(options: DistillOptions, objects: Objects) -> DistillResult:
     watch = Stopwatch()
     setting, names = prepare(options, objects)
-    if run is None:
-        resolved = config.to_yaml(
-            options,
-            augment=setting.viewing.policy,
-            decode=setting.data.decode,
-            views=setting.viewing.count,
-            training=setting.recipe.to_json(),
-            combine=setting.combination.name,
-            loss_numbers={
-                **LOSSES[options.loss].numbers,
-                **options.loss_numbers.model_dump(exclude_none=True),
-            },
-            temperature=setting.temperatures,
-            soft_weight=options.soft,
-            out=None,
-            overwrite=False,
-        )
-        verb = OBJECTS if objects else "distill"
-        run = Run.create(verb, options.out, f"{options.data}-{options.student}", options.overwrite, resolved)
+    resolved = config.to_yaml(
+        options,
+        augment=setting.viewing.policy,
+        decode=setting.data.decode,
+        views=setting.viewing.count,
+        training=setting.recipe.to_json(),
+        combine=setting.combination.name,
+        loss_numbers={
+            **LOSSES[options.loss].numbers,
+            **options.loss_numbers.model_dump(exclude_none=True),
+        },
+        temperature=setting.temperatures,
+        soft_weight=options.soft,
+        out=None,
+        overwrite=False,
+    )
+    verb = OBJECTS if objects else "distill"
+    run = Run.create(verb, options.out, f"{options.data}-{options.student}", options.overwrite, resolved)
     log.info("run folder %s", run.folder)
-    watch.lap("data")
     with run.working():
-        judges = combined(teachers_of(names, setting), setting)
-        watch.lap("teachers")
-        networks = _train_networks(run, setting, judges, names, watch)
-        metrics = _conclude(run, setting, judges, networks, watch)
+        return _finish(run, setting, names, watch)
+
+
+def _finish(run: Run, setting: Setting, names: Sequence[ModelName | None], watch: Stopwatch) -> DistillResult:
+    """Everything after the run folder is there: what it holds already is not done again."""
+    data = {"fingerprint": setting.data.fingerprint(), "transfer": setting.transfer.digest}
+    run.must_match("data", data | {"combiner": _code_of(setting.combination.name)})
+    watch.lap("data")
+    judges = combined(teachers_of(names, setting), setting)
+    run.must_match("teachers", {teacher.label: teacher.fingerprint for teacher in judges.ensemble.teachers})
+    watch.lap("teachers")
+    networks = _train_networks(run, setting, judges, names, watch)
+    metrics = _conclude(run, setting, judges, networks, watch)
     return DistillResult(run.folder, metrics, networks["student"])
 
 
@@ -217,23 +205,25 @@ def _train(name: str, judges: Judges, setting: Setting, run: Run) -> Classifier:
         setting.data.name,
         setting.recipe.epochs,
     )
-    history = fit(
-        network,
-        setting.data.train if name == "labels" else setting.transfer,
-        setting.data.val,
-        setting.recipe,
-        _objective(name, network, judges, setting),
-        setting.viewing,
-        seed=setting.options.seed,
-        device=setting.device,
-        description=description,
-        engine=engine_of(setting.options, run.path("trace.json") if name == "student" else None),
-    )
     labels = [teacher.label for teacher in judges.ensemble.teachers]
-    for row in history:
-        if "weights" in row:
-            row["weights"] = dict(zip(labels, row["weights"], strict=True))
-    run.keep_network(name, network, history)
+    with deferred():  # who asks to stop at the very end finds the network kept
+        history = fit(
+            network,
+            setting.data.train if name == "labels" else setting.transfer,
+            setting.data.val,
+            setting.recipe,
+            _objective(name, network, judges, setting),
+            setting.viewing,
+            seed=setting.options.seed,
+            device=setting.device,
+            description=description,
+            engine=engine_of(setting.options, run.path("trace.json") if name == "student" else None),
+            checkpoints=run.checkpoints(name),
+        )
+        for row in history:
+            if "weights" in row:
+                row["weights"] = dict(zip(labels, row["weights"], strict=True))
+        run.keep_network(name, network, history)
     return network
 
 

@@ -5,36 +5,96 @@ A reader sees the old file or the new one, never half of one.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+MANIFEST = "manifest.json"
 
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path` atomically, making its folder; a symbolic link is followed."""
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = _beside(path)
     try:
-        # os.open with 0o666 honours the user's umask; tempfile would make the file private.
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        _put(temporary, data)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    _flush_names(path.parent)
+
+
+def write_folder(path: Path, contents: Mapping[str, bytes]) -> None:
+    """Write a new folder of files with the SHA-256 of each in manifest.json, atomically.
+
+    Raises:
+        FileExistsError: there is something at `path`.
+    """
+    if path.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path)
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
     try:
-        os.fsync(folder)
+        temporary.mkdir()
+        for name, data in {**contents, MANIFEST: to_json(digests).encode()}.items():
+            _put(temporary / name, data)
+        _flush_names(temporary)
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _flush_names(path.parent)
+
+
+def read_folder(path: Path) -> dict[str, bytes]:
+    """What `write_folder` wrote to `path`.
+
+    Raises:
+        OSError, ValueError: a file is missing, or is not what was written.
+    """
+    digests = read_json(path / MANIFEST)
+    contents = {str(name): (path / str(name)).read_bytes() for name in digests}
+    for name, data in contents.items():
+        if hashlib.sha256(data).hexdigest() != digests[name]:
+            raise ValueError(f"{path / name} is not what was written")
+    return contents
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half written in `folder`, which no other process may write to now."""
+    for left in folder.glob(".*.tmp"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _put(path: Path, data: bytes) -> None:
+    """A new file, on the disk before this returns."""
+    # os.open with 0o666 honours the user's umask; tempfile would make the file private.
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_names(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

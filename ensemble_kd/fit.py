@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
+from ensemble_kd.checkpoints import Checkpoints
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.console import log, progress
 from ensemble_kd.data import views
@@ -18,9 +18,11 @@ from ensemble_kd.errors import TrainingError
 from ensemble_kd.features import FeatureTap
 from ensemble_kd.inference import predict
 from ensemble_kd.initialise import unit_variance
+from ensemble_kd.interrupts import deferred
 from ensemble_kd.loop import Engine, Loop
 from ensemble_kd.losses import soft_cross_entropy
 from ensemble_kd.objective import Objective, Viewing
+from ensemble_kd.saving import Saving
 from ensemble_kd.stepping import Recipe
 
 _INIT_BATCH = 128
@@ -38,6 +40,7 @@ def fit(
     device: torch.device,
     description: str = "training",
     engine: Engine | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> list[dict[str, Any]]:
     """Train `model` in place for `recipe.epochs` epochs; the last epoch's weights stay.
 
@@ -49,6 +52,7 @@ def fit(
         seed: of the order of samples and of dropout.
         description: of the progress bar.
         engine: how steps are carried out.
+        checkpoints: where it saves how far it is, and goes on from if there is one.
 
     Returns:
         One row an epoch: `train` and `val` with `accuracy`, `loss` and, where there are targets,
@@ -58,34 +62,35 @@ def fit(
         feature term `train` has its `feature_loss`, and the validation loss is without it.
 
     Raises:
-        TrainingError: the loss became infinite or NaN.
+        TrainingError: the loss became infinite or NaN; the step of that batch was not taken.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once the step is finished and saved.
     """
     engine = engine or Engine()
     train, val = train.to(device), val.to(device)
     _make_ready(model, train, recipe, seed)
-    steps_an_epoch, history = max(1, len(train) // recipe.batch_size), []
+    steps_an_epoch = max(1, len(train) // recipe.batch_size)
     tapped = FeatureTap(model, "the student") if objective.features else nullcontext()
     shown = progress(description, recipe.epochs * steps_an_epoch)
-    with shown as advance, _own_random_state(device), tapped as tap:
+    with deferred() as stop, shown as advance, _own_random_state(device), tapped as tap:
         torch.manual_seed(seed)  # dropout; everything else has its own hash
-        loop = Loop(model, train, recipe, objective, viewing, seed, engine, advance)
+        loop = Loop(model, train, recipe, objective, viewing, seed, engine, advance, description)
         loop.tap = tap
-        for epoch in range(recipe.epochs):
-            started, rate = time.perf_counter(), loop.stepper.rate
-            weight = objective.weight(epoch, recipe.epochs)
-            passed = loop.epoch(epoch)
-            seconds = time.perf_counter() - started
+        saving = Saving(loop, checkpoints, stop)
+        for epoch in range(saving.epoch, recipe.epochs):
+            passed, rate, seconds = saving.run(epoch)
             if epoch == recipe.epochs - 1:
                 loop.stepper.take_average()
+            weight = objective.weight(epoch, recipe.epochs)
             validated = _validate(model, val, objective, weight)
-            _check_finite((passed["train"]["loss"], validated["loss"]), description, epoch, recipe)
+            if not math.isfinite(validated["loss"]):
+                raise _not_finite(description, epoch, recipe)
             row = {"epoch": epoch + 1, "step": (epoch + 1) * loop.steps, **passed, "val": validated}
             row |= {"lr": rate, "soft_weight": weight, "seconds": seconds}
             row["images_per_second"] = loop.steps * loop.size / seconds
-            history.append(row)
+            saving.history.append(row)
             _tell(description, recipe.epochs, row, advance)
     model.eval()
-    return history
+    return saving.history
 
 
 def _own_random_state(device: torch.device) -> AbstractContextManager[None]:
@@ -107,14 +112,12 @@ def _make_ready(model: Classifier, train: Images, recipe: Recipe, seed: int) -> 
         unit_variance(model.net, model.card.preprocess(train.pixels[first]))
 
 
-def _check_finite(losses: Iterable[float], description: str, epoch: int, recipe: Recipe) -> None:
-    for loss in losses:
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"{description}: the loss is {loss} in epoch {epoch + 1}",
-                f"the learning rate {recipe.lr:g} is too high, or a teacher's output is not finite",
-                f"try --lr {recipe.lr / 3:.1g}, or --set training.clip_norm=1",
-            )
+def _not_finite(description: str, epoch: int, recipe: Recipe) -> TrainingError:
+    return TrainingError(
+        f"{description}: the validation loss is not finite after epoch {epoch + 1}",
+        f"the learning rate {recipe.lr:g} is too high, or a teacher's output is not finite",
+        f"try --lr {recipe.lr / 3:.1g}, or --set training.clip_norm=1",
+    )
 
 
 def train_on_labels(
@@ -127,6 +130,7 @@ def train_on_labels(
     device: torch.device,
     description: str,
     engine: Engine | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> list[dict[str, Any]]:
     """`fit` with the labels alone and a fresh view each epoch."""
     viewing = Viewing(policy, 0, seed)
@@ -141,6 +145,7 @@ def train_on_labels(
         device=device,
         description=description,
         engine=engine,
+        checkpoints=checkpoints,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ensemble_kd.checkpoints import Snapshot, random_state, set_random_state
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.console import log
 from ensemble_kd.data import views
 from ensemble_kd.data.dataset import Images
-from ensemble_kd.errors import TrainingError
+from ensemble_kd.errors import TrainingError, listing
 from ensemble_kd.features import FeatureTap
 from ensemble_kd.graphs import Replayed
+from ensemble_kd.guards import first_not_finite
 from ensemble_kd.losses import UNLABELLED, Mixed, soft_cross_entropy
 from ensemble_kd.objective import Objective, Target, Viewing
 from ensemble_kd.profiling import StepProfile, report, span
@@ -53,7 +55,9 @@ class Loop:
         seed: int,
         engine: Engine,
         advance: Callable[..., None],
+        description: str = "training",
     ) -> None:
+        self.description = description
         self.model, self.train, self.recipe, self.objective = model, train, recipe, objective
         self.viewing, self.seed, self.engine, self.advance = viewing, seed, engine, advance
         self.size = min(recipe.batch_size, len(train))
@@ -68,9 +72,11 @@ class Loop:
         self._sums: dict[str, Tensor] = {}
         self._weight = 0.0
         self._recorded: _Recorded | None = None
+        self.between: Callable[[int], None] = lambda done: None
+        """Called after each step of an epoch with how many were done."""
 
-    def epoch(self, epoch: int) -> dict[str, Any]:
-        """Train on every whole batch, in a hashed order.
+    def epoch(self, epoch: int, done: int = 0) -> dict[str, Any]:
+        """Train on every whole batch, in a hashed order; the first `done` of them were trained on before.
 
         Returns:
             `train`: the means of the epoch; `weights`: the teachers' mean weights, where they vary;
@@ -80,36 +86,40 @@ class Loop:
         weight = self.objective.weight(epoch, self.recipe.epochs)
         if weight != self._weight:  # which parts of the loss there are may change
             self._weight, self._recorded, self._sums = weight, None, {}
-        for total in self._sums.values():
-            total.zero_()
+        if not done:
+            for total in self._sums.values():
+                total.zero_()
         targets = self.objective.targets
         if targets is not None and self._wants_targets:
             targets.begin(epoch)
-        order = views.order(self.seed, epoch, len(self.train), self.train.ids.device)
-        order = order[: self.steps * self.size]
+        order = self._order(epoch)
         with warnings.catch_warnings():
             # The compiler looks at the gradient of the logits, which is None as it should be.
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
             with _compiling(self.engine.compile):
-                row = self._train_on(epoch, order)
+                row = self._train_on(epoch, order, done)
         if "weights" in self._sums:
             row["weights"] = (self._sums["weights"] / self.steps).tolist()
         return {"train": self._means(epoch)} | row
 
-    def _train_on(self, epoch: int, order: Tensor) -> dict[str, Any]:
-        """All steps of an epoch; returns the profile, where it was wanted."""
-        trace = self.engine.trace
+    def _order(self, epoch: int) -> Tensor:
+        order = views.order(self.seed, epoch, len(self.train), self.train.ids.device)
+        return order[: self.steps * self.size]
+
+    def _train_on(self, epoch: int, order: Tensor, done: int) -> dict[str, Any]:
+        """The steps of an epoch that are left; returns the profile, where it was wanted."""
+        trace = None if done else self.engine.trace
         if trace is not None and epoch == 0 and self.steps > 1:
             with StepProfile(trace, self.steps) as profile:
-                self._walk(epoch, order, profile)
+                self._walk(epoch, order, 0, profile)
             report(profile.table, trace)
             return {"profile": profile.table}
         if trace is not None and epoch == 0:
             log.warning("nothing is profiled: an epoch has one step only")
         if self._can_be_recorded:
-            self._replay(epoch, order)
+            self._replay(epoch, order, done)
         else:
-            self._walk(epoch, order, lambda: None)
+            self._walk(epoch, order, done)
         return {}
 
     @property
@@ -132,14 +142,18 @@ class Loop:
         free, _ = torch.cuda.mem_get_info(pixels.device)
         return self._recorded is not None or pixels.nbytes < _SHARE_OF_MEMORY * free
 
-    def _walk(self, epoch: int, order: Tensor, each: Callable[[], None]) -> None:
-        chunks = order.split(self.size)
+    def _walk(self, epoch: int, order: Tensor, done: int, each: Callable[[], None] = lambda: None) -> None:
+        chunks = order.split(self.size)[done:]
         seen = self._spanned(self.viewing.batches(self.train, chunks, self.viewing.id_of(epoch)))
-        for index, batch in zip(chunks, seen, strict=True):
+        for number, (index, batch) in enumerate(zip(chunks, seen, strict=True), done + 1):
             self._step(batch, index, epoch)
-            self.stepper.count()
-            self.advance(1)
             each()
+            self._count(number)
+
+    def _count(self, done: int) -> None:
+        self.stepper.count()
+        self.advance(1)
+        self.between(done)
 
     @staticmethod
     def _spanned(batches: Iterator[Images]) -> Iterator[Images]:
@@ -150,14 +164,13 @@ class Loop:
                 return
             yield batch
 
-    def _replay(self, epoch: int, order: Tensor) -> None:
+    def _replay(self, epoch: int, order: Tensor, done: int) -> None:
         if self._recorded is None:
             self._recorded = _Recorded(self)
-        self._recorded.load(self.viewing.id_of(epoch), order, epoch)
-        for _ in range(self.steps):
+        self._recorded.load(self.viewing.id_of(epoch), order, epoch, done)
+        for number in range(done + 1, self.steps + 1):
             self._recorded.step()
-            self.stepper.count()
-            self.advance(1)
+            self._count(number)
 
     def _step(self, batch: Images, index: Tensor, epoch: int) -> None:
         objective, device = self.objective, batch.ids.device
@@ -185,6 +198,7 @@ class Loop:
                 torch.maximum(self._sums[name], value, out=self._sums[name])
             else:
                 self._sums[name] += value
+        self.stepper.guard.look(self._sums["loss"])
         self.stepper(loss)
 
     def _judged(
@@ -211,6 +225,66 @@ class Loop:
                     measures["weights"] = weights.mean(dim=1) if weights.ndim == 2 else weights
                     measures["off"] = (weights.sum(dim=0) - 1).abs().amax() - weights.amin().clamp_max(0)
         return loss, measures
+
+    def snapshot(self, epoch: int, done: int, state: Mapping[str, Any]) -> Snapshot:
+        """All that goes on from `done` steps of an epoch; `state` is kept beside it.
+
+        Raises:
+            TrainingError: weights are not finite any more.
+        """
+        model, moments = self.stepper.state()
+        if (name := first_not_finite(model)) in model:
+            raise TrainingError(
+                f"{self.description}: {name.partition('.')[2]} is not finite after epoch {epoch + 1}, step {done}",
+                "the gradient was not, though the loss was",
+                "try a lower --lr, or --set training.clip_norm=1",
+            )
+        sums = {f"sums.{name}": total for name, total in self._sums.items()}
+        plain = {"epoch": epoch, "done": done, "steps": self.stepper.steps, "weight": self._weight, **state}
+        return Snapshot(model, moments | sums, random_state(self.train.ids.device), plain)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on where `snapshot` was taken."""
+        device = self.train.ids.device
+        moments = dict(snapshot.optimizer)
+        for key in [key for key in moments if key.startswith("sums.")]:
+            self._sums[key.removeprefix("sums.")] = moments.pop(key).to(device)
+        self.stepper.load(snapshot.model, moments, snapshot.state["steps"])
+        self._weight = snapshot.state["weight"]
+        set_random_state(snapshot.rng, device)
+
+    def check_finite(self, epoch: int, done: int) -> None:
+        """Say which batch of the epoch, and what in it, was the first that was not finite, if any was.
+
+        Raises:
+            TrainingError: the step of that batch, and those after it, were not taken.
+        """
+        if not (left_out := self.stepper.guard.left_out):
+            return
+        number = done - left_out
+        index = self._order(epoch).split(self.size)[number]
+        batch = self.viewing.take(self.train, index, self.viewing.id_of(epoch))
+        name, rate = first_not_finite(self._terms(batch, index, epoch)), self.recipe.lr
+        raise TrainingError(
+            f"{self.description}: the loss is not finite in epoch {epoch + 1}, step {number + 1} of {self.steps}",
+            f"{name} is not, for the batch of the images {listing(batch.ids.tolist(), 5)}; no such step was taken",
+            f"try --lr {rate / 3:.1g}, or --set training.clip_norm=1",
+        )
+
+    @torch.no_grad()
+    def _terms(self, batch: Images, index: Tensor, epoch: int) -> dict[str, Tensor | None]:
+        """What the loss of a batch is made of, in the order of their making."""
+        logits, objective = self.model(batch.decoded).float(), self.objective
+        target = None
+        if objective.targets is not None and self._wants_targets:
+            target = objective.targets(batch, index, epoch, logits)
+        soft, labels = target.soft if target else None, batch.labels if objective.uses_labels else None
+        terms = {"what the network says": logits, "the target of the teachers": soft}
+        if labels is not None:
+            terms["the loss on labels"] = objective(logits, labels, soft, 0.0, self.recipe.label_smoothing)
+        if soft is not None:
+            terms["the soft loss"] = objective(logits, labels, soft, 1.0, 0.0)
+        return terms
 
     def _means(self, epoch: int) -> dict[str, float]:
         sums = {name: float(total) for name, total in self._sums.items() if name != "weights"}
@@ -257,11 +331,11 @@ class _Recorded:
         self._start = torch.zeros((), dtype=torch.int64, device=device)
         self.step = Replayed(self._work, device)
 
-    def load(self, view_id: int, order: Tensor, epoch: int) -> None:
+    def load(self, view_id: int, order: Tensor, epoch: int, done: int) -> None:
         """Bring the views of all images, and the order of this epoch, to where the graph reads them."""
         self._epoch = epoch
         self._order.copy_(order)
-        self._start.zero_()
+        self._start.fill_(done * self._loop.size)
         if self._plain or view_id == self._view:
             return
         self._view, loop = view_id, self._loop

@@ -9,22 +9,25 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
+import yaml
 from torch import Tensor
 
 from ensemble_kd import __version__, files
+from ensemble_kd.checkpoints import Checkpoints
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.console import log, log_to_file
 from ensemble_kd.errors import RunError
+from ensemble_kd.locks import lock
 from ensemble_kd.models import ModelName
 from ensemble_kd.weights import load_classifier, save_classifier
 
@@ -44,7 +47,9 @@ _OVERWRITTEN = (
     "profile.json",
     "trace.json",
     "controls",
+    "checkpoints",
     "analysis",
+    "report",
 )
 """What a run writes; anything else in its folder is the user's."""
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors")
@@ -55,37 +60,74 @@ class Run:
     """A run folder."""
 
     folder: Path
+    held: BinaryIO | None = None
+    """The lock of the folder, while this process writes to it."""
 
     @classmethod
     def create(cls, verb: str, out: Path | None, name: str, overwrite: bool, config: str) -> Run:
-        """A new run folder of `distill` or `train`, with its config.yaml.
+        """A new run folder of `distill` or `train`, with its config.yaml; it is locked until it is worked on.
 
         Raises:
-            RunError: the folder holds something already, and `overwrite` is not given.
+            RunError: the folder holds something already, and `overwrite` is not given; or it is in use.
         """
         folder = out or _new_folder(name)
+        cls(folder)._check_free(overwrite)
         run = cls(folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            run._make_room(overwrite)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            run = run.locked()
+            run._make_room(overwrite)
             files.write_text(folder / "config.yaml", config)
+            files.write_json(run.path("status.json"), {"verb": verb, "state": "running", "networks": {}})
         except OSError as error:
+            run.unlock()
             raise RunError(
                 f"cannot write to {folder}", str(error.strerror), "name another folder: --out PATH"
             ) from error
-        files.write_json(run.path("status.json"), {"verb": verb, "state": "running", "networks": {}})
+        except BaseException:
+            run.unlock()
+            raise
+        run.must_match("configuration", flat(yaml.safe_load(config)))
         return run
 
+    def locked(self) -> Run:
+        """The same run, held against other processes.
+
+        Raises:
+            RunError: another one writes to it.
+            OSError: it cannot be written to.
+        """
+        held = lock(self.folder)
+        if held is None:
+            raise RunError(
+                f"{self.folder} is in use",
+                "another process writes to it",
+                "wait for it, or name another: --out PATH",
+            )
+        return replace(self, held=held)
+
+    def unlock(self) -> None:
+        """Let other processes write to it again."""
+        if self.held is not None:
+            self.path("lock").unlink(missing_ok=True)
+            self.held.close()
+
     def _make_room(self, overwrite: bool) -> None:
-        known = (self.folder / "status.json").is_file()
+        """Remove an earlier run; looked at again, as another process may have been faster."""
+        self._check_free(overwrite)
+        for name in _OVERWRITTEN:
+            path = self.folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def _check_free(self, overwrite: bool) -> None:
+        if not self.folder.exists():
+            return
+        if self.folder.is_dir() and {path.name for path in self.folder.iterdir()} <= {"lock"}:
+            return
+        known = self.path("status.json").is_file()
         if overwrite and known:
-            for name in _OVERWRITTEN:
-                path = self.folder / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             return
         status = self.status() if known else {}
-        if known and status["state"] != "finished" and status["verb"] == "distill":
+        if known and status["state"] != "finished" and status["verb"] != OBJECTS:
             fix = f"go on with it: ekd resume {self.folder}   (or replace it: --overwrite)"
         elif known:
             fix = "replace it with --overwrite, or name another folder: --out PATH"
@@ -140,16 +182,45 @@ class Run:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Keep train.log; note in the status whether the block ended or was stopped."""
-        with log_to_file(self.path("train.log")):
-            try:
-                yield
-            except BaseException as error:
-                self.set_state("stopped")
-                if isinstance(error, KeyboardInterrupt) and self.status()["verb"] == "distill":
-                    log.warning("go on with it: ekd resume %s", self.folder)
-                raise
-        self.set_state("finished")
+        """Keep train.log; note in the status whether the block ended or was stopped, and unlock the folder."""
+        try:
+            with log_to_file(self.path("train.log")):
+                try:
+                    yield
+                except BaseException as error:
+                    self.set_state("stopped")
+                    if isinstance(error, KeyboardInterrupt) and self.status()["verb"] != OBJECTS:
+                        log.warning("go on with it: ekd resume %s", self.folder)
+                    raise
+            self.set_state("finished")
+        finally:
+            self.unlock()
+
+    def must_match(self, what: str, facts: Mapping[str, Any]) -> None:
+        """Keep what the run depends on; a run that is resumed is held against what was kept.
+
+        Raises:
+            RunError: something changed; it says what.
+        """
+        status = self.status()
+        kept = status.setdefault("facts", {}).get(what)
+        if kept is None:
+            status["facts"][what] = dict(facts)
+            files.write_json(self.path("status.json"), status)
+            return
+        names = [name for name in {**kept, **facts} if kept.get(name) != facts.get(name)]
+        if names:
+            changes = "; ".join(f"{name} was {kept.get(name)}, is {facts.get(name)}" for name in names)
+            raise RunError(
+                f"{self.folder} cannot go on: its {what} changed",
+                changes,
+                f"bring that back, or start anew: ekd {status['verb']} --config {self.path('config.yaml')} --out PATH",
+            )
+
+    def checkpoints(self, name: str) -> Checkpoints:
+        """Where the training of a network is saved; it belongs to the facts that the run was held against."""
+        facts = {"network": name, **self.status().get("facts", {})}
+        return Checkpoints(self.path("checkpoints") / name, facts)
 
     def keep_network(self, name: str, classifier: Classifier, history: list[dict[str, Any]]) -> None:
         """Save a finished network and its history; a run that is resumed does not train it again."""
@@ -161,6 +232,7 @@ class Run:
         status = self.status()
         status["networks"][name] = {"file": file, "sha256": files.sha256_file(self.path(file))}
         files.write_json(self.path("status.json"), status)
+        self.checkpoints(name).clear()
 
     def finished_network(self, name: str, code: ModelName | None = None) -> Classifier | None:
         """A network that an earlier part of this run finished; `code` is the user's own, if it is theirs."""
@@ -223,6 +295,14 @@ def _new_folder(name: str) -> Path:
     base = RUNS / f"{readable}-{datetime.now():%Y%m%d-%H%M%S}"
     copies = (base.with_name(f"{base.name}-{number}") for number in itertools.count(2))
     return next(folder for folder in itertools.chain([base], copies) if not folder.exists())
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by dotted names."""
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        result |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return result
 
 
 def network_file(name: str) -> str:

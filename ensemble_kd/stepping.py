@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ensemble_kd.guards import FiniteGuard
 from ensemble_kd.profiling import span
 
 
@@ -47,6 +48,8 @@ class Stepper:
         # On a GPU the rate is a tensor, which a recorded step reads anew each time.
         self._rate = torch.zeros((), device=device) if device.type == "cuda" else None
         self.optimizer = make_optimizer(self._trained, recipe, self._rate)
+        self.guard = FiniteGuard(device)
+        self.optimizer.found_inf = self.guard.found  # type: ignore[attr-defined]
         self._average: list[Tensor] = []
         self.set_rate()
 
@@ -78,6 +81,40 @@ class Stepper:
     def count(self) -> None:
         """One step was taken: go on to the next rate."""
         self.steps += 1
+        self.set_rate()
+
+    @property
+    def _named(self) -> dict[str, Tensor]:
+        """Parameters and buffers of all that is trained."""
+        return {**dict(self._trained.named_parameters()), **dict(self._trained.named_buffers())}
+
+    @property
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The tensors of the model, with the average, and those of the optimiser."""
+        average = {f"average.{number}": tensor for number, tensor in enumerate(self._average)}
+        moments = {
+            f"{number}.{name}": values
+            for number, parameter in enumerate(self._parameters)
+            for name, values in self.optimizer.state[parameter].items()
+        }
+        return {**self._named, **average}, moments
+
+    @torch.no_grad()
+    def load(self, model: Mapping[str, Tensor], moments: Mapping[str, Tensor], steps: int) -> None:
+        """Go on where `state` was taken, after `steps` steps; tensors stay where they are."""
+        for name, tensor in self._named.items():
+            tensor.copy_(model[name])
+        places = _tensors(self.net)
+        if "average.0" in model:
+            self._average = [model[f"average.{n}"].to(place) for n, place in enumerate(places)]
+        for key, values in moments.items():
+            number, _, name = key.partition(".")
+            parameter = self._parameters[int(number)]
+            self.optimizer.state[parameter][name] = values.to(parameter.device)
+        self.steps = steps
         self.set_rate()
 
     @torch.no_grad()

@@ -20,10 +20,10 @@ from ensemble_kd.errors import ConfigError
 from ensemble_kd.fit import train_on_labels
 from ensemble_kd.fresh import new_classifier
 from ensemble_kd.inference import predict
-from ensemble_kd.loop import Engine
+from ensemble_kd.interrupts import deferred
 from ensemble_kd.metrics import measure
 from ensemble_kd.models import parse
-from ensemble_kd.runs import Run, Stopwatch, surroundings
+from ensemble_kd.runs import Run, Stopwatch, flat, surroundings
 from ensemble_kd.schema import TrainOptions
 from ensemble_kd.setting import engine_of
 from ensemble_kd.teachers.library import history_of, recipe_of
@@ -62,49 +62,63 @@ def train(
     """
     file = Path(config_file) if config_file else None
     chosen = config.resolve(TrainOptions, {**options, "model": model}, file=file, sets=sets)
-    watch, device, name = Stopwatch(), choose_device(chosen.device), parse(chosen.model)
     data = load_data(**chosen.load_arguments())
     policy = data.augment if chosen.augment == "auto" else chosen.augment
     run = Run.create(
         "train",
         chosen.out,
-        f"{chosen.data}-{name.label}",
+        f"{chosen.data}-{parse(chosen.model).label}",
         chosen.overwrite,
         config.to_yaml(chosen, augment=policy, decode=data.decode, out=None, overwrite=False),
     )
     log.info("run folder %s", run.folder)
-    watch.lap("data")
     with run.working():
-        engine = engine_of(chosen, run.path("trace.json"))
-        classifier, history, recipe = _train(chosen, data, device, policy, engine)
-        resolved = config.to_yaml(
-            chosen, augment=policy, decode=data.decode, training=recipe, out=None, overwrite=False
-        )
-        files.write_text(run.path("config.yaml"), resolved)
-        watch.lap("training")
-        run.keep_network("model", classifier, history)
-        test = data.test.to(device)
-        row = {
-            "role": chosen.role,
-            "parameters": classifier.parameter_count,
-            "bytes": classifier.byte_count,
-            **measure(predict(classifier, test), test.known_labels),
-        }
-        draw_curves(run.history(), run.path("curves.png"))
-        watch.lap("test")
-        metrics = {"data": data.name, "split": "test", "n": len(test)}
-        metrics |= {"models": {name.label: row}, "seconds": watch.seconds}
-        facts = {"seed": chosen.seed, "data": {"name": data.name, "fingerprint": data.fingerprint()}}
-        files.write_json(run.path("manifest.json"), surroundings(device) | facts)
-        files.write_json(run.path("metrics.json"), metrics)
+        return _finish(run, chosen, data, policy)
+
+
+def go_on(run: Run) -> TrainResult:
+    """Finish a stopped run of `train` whose folder is locked (see `resuming.resume`)."""
+    with run.working():
+        run.set_state("running")
+        run.must_match("configuration", flat(config.read_yaml(run.path("config.yaml"))))
+        chosen = config.resolve(TrainOptions, {}, file=run.path("config.yaml"))
+        return _finish(run, chosen, load_data(**chosen.load_arguments()), chosen.augment)
+
+
+def _finish(run: Run, chosen: TrainOptions, data: Dataset, policy: str) -> TrainResult:
+    """Everything after the run folder is there."""
+    watch, device, name = Stopwatch(), choose_device(chosen.device), parse(chosen.model)
+    run.must_match("data", {"fingerprint": data.fingerprint()})
+    watch.lap("data")
+    classifier, recipe = _train(run, chosen, data, device, policy)
+    watch.lap("training")
+    test = data.test.to(device)
+    row = {
+        "role": chosen.role,
+        "parameters": classifier.parameter_count,
+        "bytes": classifier.byte_count,
+        **measure(predict(classifier, test), test.known_labels),
+    }
+    draw_curves(run.history(), run.path("curves.png"))
+    watch.lap("test")
+    metrics = {"data": data.name, "split": "test", "n": len(test)}
+    metrics |= {"models": {name.label: row}, "seconds": watch.seconds}
+    facts = {"seed": chosen.seed, "data": {"name": data.name, "fingerprint": data.fingerprint()}}
+    resolved = config.to_yaml(
+        chosen, augment=policy, decode=data.decode, training=recipe, out=None, overwrite=False
+    )
+    files.write_text(run.path("config.yaml"), resolved)
+    files.write_json(run.path("manifest.json"), surroundings(device) | facts)
+    files.write_json(run.path("metrics.json"), metrics)
     return TrainResult(run.folder, metrics, classifier)
 
 
 def _train(
-    chosen: TrainOptions, data: Dataset, device: torch.device, policy: str, engine: Engine
-) -> tuple[Classifier, list[dict[str, Any]], dict[str, Any] | None]:
-    """The trained network, its history and its recipe, which is that of its role."""
+    run: Run, chosen: TrainOptions, data: Dataset, device: torch.device, policy: str
+) -> tuple[Classifier, dict[str, Any] | None]:
+    """The trained network and its recipe, which is that of its role; kept in the run."""
     name, overrides = parse(chosen.model), chosen.training.model_dump()
+    engine = engine_of(chosen, run.path("trace.json"))
     common: dict[str, Any] = {
         "size": chosen.size, "stem": chosen.stem, "seed": chosen.seed, "offline": chosen.offline,
     }  # fmt: skip
@@ -119,17 +133,21 @@ def _train(
             name, data, **common, augment=policy, training=overrides, device=device, engine=engine
         )
         folder = Path(teacher.origin)
-        return teacher.classifier, history_of(folder), recipe_of(folder)
+        run.keep_network("model", teacher.classifier, history_of(folder))
+        return teacher.classifier, recipe_of(folder)
     classifier = new_classifier(name, data, **common)
     recipe = recipes.student_recipe(classifier, len(data.train), overrides)
-    history = train_on_labels(
-        classifier,
-        data,
-        recipe,
-        policy,
-        seed=chosen.seed,
-        device=device,
-        description=name.label,
-        engine=engine,
-    )
-    return classifier, history, recipe.to_json()
+    with deferred():  # who asks to stop at the very end finds the network kept
+        history = train_on_labels(
+            classifier,
+            data,
+            recipe,
+            policy,
+            seed=chosen.seed,
+            device=device,
+            description=name.label,
+            engine=engine,
+            checkpoints=run.checkpoints("model"),
+        )
+        run.keep_network("model", classifier, history)
+    return classifier, recipe.to_json()

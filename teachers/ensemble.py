@@ -203,7 +203,8 @@ class Teacher:
     def _compute(self, images: Images, features: bool) -> tuple[Tensor, Tensor | None]:
         blocks: list[tuple[Tensor, ...]] = []
         tapped = self._tap if features else nullcontext()
-        self.classifier.to(images.ids.device)
+        # Its runner may have turned the weights to channels-last, which other sums, in their last bits, come from.
+        self.classifier.to(images.ids.device, memory_format=torch.contiguous_format)
         with progress(f"teacher {self.label}", len(images)) as advance, tapped as tap:
             for batch in images.batches(EVAL_BATCH):
                 if tap:

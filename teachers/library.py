@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ensemble_kd import files
+from ensemble_kd.checkpoints import Checkpoints
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.console import log
-from ensemble_kd.errors import WeightsError
+from ensemble_kd.errors import ModelError, WeightsError
+from ensemble_kd.locks import lock
 from ensemble_kd.models import ModelName
 from ensemble_kd.weights import load_classifier, save_classifier
 
@@ -59,6 +63,31 @@ def keep(classifier: Classifier, made_from: dict[str, Any], results: dict[str, A
     digest = files.sha256_file(folder / "model.safetensors")
     files.write_json(folder / "teacher.json", {"sha256": digest, "made_from": made_from, "results": results})
     return folder
+
+
+def checkpoints(made_from: dict[str, Any]) -> Checkpoints:
+    """Where the training of that teacher is saved, for whichever run goes on with it."""
+    return Checkpoints(folder_of(made_from) / "checkpoints", made_from | {"data": None})
+
+
+@contextmanager
+def locked(made_from: dict[str, Any], label: str) -> Iterator[None]:
+    """While entered, no other process trains that teacher; one that does is waited for."""
+    try:
+        held = lock(
+            folder_of(made_from), lambda: log.info("another process trains teacher %s: waiting", label)
+        )
+    except OSError as error:
+        raise ModelError(
+            f"teacher {label!r} cannot be kept in {library_dir()}",
+            str(error.strerror),
+            "keep trained teachers elsewhere: EKD_CACHE=PATH",
+        ) from error
+    try:
+        yield
+    finally:
+        if held is not None:
+            held.close()
 
 
 def kept() -> list[dict[str, Any]]:

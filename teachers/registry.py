@@ -18,6 +18,7 @@ from ensemble_kd.errors import ModelError, listing
 from ensemble_kd.features import head_of
 from ensemble_kd.fit import train_on_labels
 from ensemble_kd.fresh import is_file, new_classifier, own_classifier, say_conversion
+from ensemble_kd.interrupts import deferred
 from ensemble_kd.loop import Engine
 from ensemble_kd.models import ModelName, choose_form, choose_size, parse
 from ensemble_kd.stepping import Recipe
@@ -212,8 +213,12 @@ def _kept_or_trained(
             "it may not be trained now",
             f"train it first: ekd train {model.text} --data {dataset.name}",
         )
-    classifier = sketch if sketch.pretrained else new_classifier(model, dataset, **options, scratch=True)
-    folder = _train_and_keep(model.label, classifier, dataset, recipe, policy, device, made_from, engine)
+    with library.locked(made_from, model.label):
+        # Another process may have trained it while this one waited.
+        if (kept := library.find(made_from, code=None if storable else model)) is not None:
+            return Teacher.of(model.label, kept.to(device), str(library.folder_of(made_from)), storable)
+        classifier = sketch if sketch.pretrained else new_classifier(model, dataset, **options, scratch=True)
+        folder = _train_and_keep(model.label, classifier, dataset, recipe, policy, device, made_from, engine)
     return Teacher.of(model.label, classifier, str(folder), storable)
 
 
@@ -259,18 +264,22 @@ def _train_and_keep(
         pre.size[1],
         recipe.epochs,
     )
-    history = train_on_labels(
-        classifier,
-        data,
-        recipe,
-        policy,
-        seed=made_from["seed"],
-        device=device,
-        description=f"teacher {label}",
-        engine=engine,
-    )
-    rows = [{key: value for key, value in row.items() if key != "profile"} for row in history]
-    folder = library.keep(classifier, made_from, {"val": history[-1]["val"], "history": rows})
+    with deferred():  # who asks to stop at the very end finds the teacher kept
+        checkpoints = library.checkpoints(made_from)
+        history = train_on_labels(
+            classifier,
+            data,
+            recipe,
+            policy,
+            seed=made_from["seed"],
+            device=device,
+            description=f"teacher {label}",
+            engine=engine,
+            checkpoints=checkpoints,
+        )
+        rows = [{key: value for key, value in row.items() if key != "profile"} for row in history]
+        folder = library.keep(classifier, made_from, {"val": history[-1]["val"], "history": rows})
+        checkpoints.clear()
     log.info(
         "teacher %s: validation accuracy %.3f, kept in %s", label, history[-1]["val"]["accuracy"], folder
     )

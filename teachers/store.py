@@ -9,13 +9,12 @@ the bytes, flushed to the disk, then their SHA-256 in store.json. What that does
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -29,6 +28,7 @@ from torch import Tensor
 from ensemble_kd import files
 from ensemble_kd.console import log
 from ensemble_kd.errors import EkdError
+from ensemble_kd.locks import lock
 from ensemble_kd.teachers.layout import Layout, Rows, pack, readable, unpack
 
 FORMAT = 1
@@ -98,41 +98,6 @@ def digest_of(folder: Path, layout: Layout, view_id: int, rows: range) -> str:
             file.seek((view_id * layout.count + rows.start) * column.row_bytes)
             digest.update(file.read(len(rows) * column.row_bytes))
     return digest.hexdigest()
-
-
-def lock(folder: Path, waiting: Callable[[], None] | None = None) -> BinaryIO | None:
-    """The exclusive lock of a store, held until it is closed or the process ends.
-
-    Args:
-        folder: of the store; made where it is missing.
-        waiting: called before waiting for another process; without it None is returned at once.
-    """
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / "lock").open("ab")
-        try:
-            if not _locked_at_once(file):
-                if waiting is None:
-                    file.close()
-                    return None
-                waiting()
-                fcntl.flock(file, fcntl.LOCK_EX)
-            # Who waited for a store that was pruned meanwhile holds the lock of nothing, and tries again.
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
-                    return file
-            file.close()
-        except BaseException:
-            file.close()
-            raise
-
-
-def _locked_at_once(file: BinaryIO) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 class Store:

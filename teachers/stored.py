@@ -17,6 +17,7 @@ from typing import Any
 
 from ensemble_kd import files
 from ensemble_kd.errors import ConfigError, listing
+from ensemble_kd.locks import lock
 from ensemble_kd.teachers.layout import Layout
 from ensemble_kd.teachers.store import (
     FOR_PEOPLE,
@@ -24,7 +25,6 @@ from ensemble_kd.teachers.store import (
     complete_views,
     digest_of,
     key_of,
-    lock,
     read_kept,
     targets_dir,
 )

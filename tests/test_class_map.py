@@ -29,12 +29,13 @@ from ensemble_kd.classifier import Card, Classifier, Preprocess
 from ensemble_kd.cli import app
 from ensemble_kd.data import load_data
 from ensemble_kd.data.dataset import Dataset, Images
-from ensemble_kd.distillation import distill, resume
+from ensemble_kd.distillation import distill
 from ensemble_kd.errors import ConfigError, ModelError, WeightsError
 from ensemble_kd.fresh import new_classifier
 from ensemble_kd.imagenet import aliases, class_names
 from ensemble_kd.metrics import within
 from ensemble_kd.models import parse
+from ensemble_kd.resuming import resume
 from ensemble_kd.runs import Run
 from ensemble_kd.students import STUDENTS
 from ensemble_kd.tables import metrics_table

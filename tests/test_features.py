@@ -18,7 +18,7 @@ import ensemble_kd
 from ensemble_kd import distillation
 from ensemble_kd.classifier import Card, Classifier, Preprocess
 from ensemble_kd.data.dataset import Dataset
-from ensemble_kd.distillation import DistillResult, distill, resume
+from ensemble_kd.distillation import DistillResult, distill
 from ensemble_kd.errors import ModelError
 from ensemble_kd.features import FeatureTap, FeatureTerm, feature_width, head_of
 from ensemble_kd.fit import fit
@@ -26,6 +26,7 @@ from ensemble_kd.fresh import new_classifier
 from ensemble_kd.inference import predict_with_features
 from ensemble_kd.models import parse
 from ensemble_kd.objective import Objective, Viewing
+from ensemble_kd.resuming import resume
 from ensemble_kd.runs import Run
 from ensemble_kd.stepping import Recipe
 from ensemble_kd.teachers import registry

@@ -26,11 +26,12 @@ from support import logged, refused
 
 from ensemble_kd import files
 from ensemble_kd.errors import ConfigError, EkdError, ModelError
+from ensemble_kd.locks import lock
 from ensemble_kd.objective import Viewing
 from ensemble_kd.teachers import layout as layouts
 from ensemble_kd.teachers.layout import Layout
 from ensemble_kd.teachers.registry import load_teacher
-from ensemble_kd.teachers.store import Store, key_of, lock, targets_dir
+from ensemble_kd.teachers.store import Store, key_of, targets_dir
 from ensemble_kd.teachers.stored import explain_stale, prune_targets
 from ensemble_kd.topk import expand
 

@@ -18,10 +18,10 @@ FOLDERS = {"ensemble_kd": ROOT / "ensemble_kd", "ensemble_kd.teachers": ROOT / "
 # fmt: off
 LEVELS = [
     {"ensemble_kd"},
-    {"errors", "files", "console", "names"},
+    {"errors", "files", "console", "names", "interrupts", "locks"},
     {
         "losses", "combine", "weighting", "calibration", "metrics", "initialise", "students", "forms",
-        "fields", "schema", "device", "imagenet", "topk", "fused", "profiling", "graphs",
+        "fields", "schema", "device", "imagenet", "topk", "fused", "profiling", "graphs", "guards", "checkpoints",
     },
     {
         "config", "classifier", "models", "features", "data.hashing", "data.crops", "data.mixing", "data.trivial",
@@ -31,7 +31,7 @@ LEVELS = [
         "data.folders", "data.unlabelled", "data.sources", "weights", "pretrained", "data", "data.inspect",
         "curves", "objective", "inference", "stepping",
     },
-    {"fresh", "fit", "loop", "runs", "results"},
+    {"fresh", "fit", "loop", "saving", "runs", "results"},
     {
         "recipes", "tables", "teachers", "teachers.library", "teachers.class_map", "teachers.runner",
         "teachers.layout", "teachers.store", "teachers.stored",
@@ -42,7 +42,7 @@ LEVELS = [
     {
         "distillation", "training", "evaluation", "analysis", "analysis.plots", "analysis.options", "analysis.diversity",
     },
-    {"analysis.subjects"},
+    {"analysis.subjects", "resuming"},
     {"analysis.agreement", "analysis.teachers"},
     {"cli.options"},
     {

@@ -26,11 +26,12 @@ from ensemble_kd.data import folders, load_data
 from ensemble_kd.data.dataset import Dataset, Images, joined
 from ensemble_kd.data.unlabelled import FIRST_ID, load_unlabelled
 from ensemble_kd.data.views import hash_samples, uniform
-from ensemble_kd.distillation import distill, resume
+from ensemble_kd.distillation import distill
 from ensemble_kd.errors import ConfigError, DataError
 from ensemble_kd.fresh import new_classifier
 from ensemble_kd.losses import UNLABELLED
 from ensemble_kd.models import parse
+from ensemble_kd.resuming import resume
 from ensemble_kd.runs import Run
 from ensemble_kd.schema import DistillOptions
 from ensemble_kd.teachers.ensemble import Teacher

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ensemble_kd.cli.options import NO_TRAIN, Debug, Json, Quiet, emit, guarded, hint_next, verb
+from ensemble_kd.cli.train import show as show_trained
 from ensemble_kd.schema import DistillOptions
 
 if TYPE_CHECKING:
@@ -73,12 +74,17 @@ def resume(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Go on with a run that was stopped; networks that it finished are kept."""
+    """Go on with a run that was stopped, from its last checkpoint."""
 
     def work() -> None:
-        from ensemble_kd.distillation import resume as go_on
+        from ensemble_kd.distillation import DistillResult
+        from ensemble_kd.resuming import resume as go_on
 
-        _show(go_on(run), json)
+        result = go_on(run)
+        if isinstance(result, DistillResult):
+            _show(result, json)
+        else:
+            show_trained(result, json)
 
     guarded(work, quiet=quiet, debug=debug)
 

@@ -15,6 +15,7 @@ from ensemble_kd import console
 from ensemble_kd.config import SHORT
 from ensemble_kd.errors import EkdError
 from ensemble_kd.fields import Options
+from ensemble_kd.interrupts import as_interrupt
 
 STOPPED = 75
 NO_TRAIN = {"train_teachers": ("--no-train", "fail where a teacher would have to be trained")}
@@ -117,7 +118,8 @@ def guarded(work: Callable[[], None], *, quiet: bool, debug: bool) -> None:
     """Run a command; every error becomes a message and an exit code, never a traceback."""
     console.log_to_stderr(quiet)
     try:
-        work()
+        with as_interrupt():
+            work()
     except EkdError as error:
         if debug:
             raise
