@@ -20,7 +20,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -420,12 +420,20 @@ def faults_at_every_write(folder: Path, trials: int, generator: random.Random) -
         for call in ("open", "fsync", "replace", "rename", "fdopen", "mkdir"):
             for number in range(1, 9):
                 restore()
-                with broken(call, number) as calls, suppress(OSError):
-                    work()
+                with broken(call, number) as calls:
+                    try:
+                        work()
+                        failed = False  # such as a folder that is there already
+                    except OSError:
+                        failed = True
                 if len(calls) < number:  # all of its calls were broken in turn, and the work was done
                     break
                 done += 1
-                good = intact() or _only_the_folder_was_not_flushed(call, folder, kept, old, path, state)
+                good = (
+                    not failed
+                    or intact()
+                    or _only_the_folder_was_not_flushed(call, folder, kept, old, path, state)
+                )
                 left = list(folder.rglob(".*.tmp"))
                 if not good or left:
                     print(f"{call} {number} of work {works.index((work, intact))}: {left}", file=sys.stderr)
