@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ensemble_kd import files
+from ensemble_kd import distributed, files
 from ensemble_kd.console import log
 
 SECONDS = 60.0
@@ -68,31 +68,38 @@ class Checkpoints:
 
     def latest(self) -> Snapshot | None:
         """The newest whole checkpoint of this training, or None."""
-        for path in self._steps():
-            try:
-                contents = files.read_folder(path)
-                state = json.loads(contents.pop("state.json"))
-                model, optimizer, rng = (
-                    safetensors.torch.load(contents[f"{part}.safetensors"]) for part in _PARTS
-                )
-            except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-                log.warning("checkpoint %s is damaged and is passed over: %s", path, error)
-                continue
-            if state.get("format") != _FORMAT or state.get("key") != self._key:
-                log.warning("checkpoint %s is of another training and is passed over", path)
-                continue
-            if state["threads"] != torch.get_num_threads():
-                log.warning(
-                    "%d threads, and the checkpoint was made with %d: sums may differ in their last bits",
-                    torch.get_num_threads(),
-                    state["threads"],
-                )
-            return Snapshot(model, optimizer, rng, state)
-        return None
+        if distributed.first():
+            found = next(((path.name, kept) for path in self._steps() if (kept := self._read(path))), None)
+            distributed.told(found and found[0])
+            return found and found[1]
+        name = distributed.told(None)
+        return None if name is None else self._read(self.folder / name)
+
+    def _read(self, path: Path) -> Snapshot | None:
+        try:
+            contents = files.read_folder(path)
+            state = json.loads(contents.pop("state.json"))
+            model, optimizer, rng = (
+                safetensors.torch.load(contents[f"{part}.safetensors"]) for part in _PARTS
+            )
+        except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+            log.warning("checkpoint %s is damaged and is passed over: %s", path, error)
+            return None
+        if state.get("format") != _FORMAT or state.get("key") != self._key:
+            log.warning("checkpoint %s is of another training and is passed over", path)
+            return None
+        if state["threads"] != torch.get_num_threads():
+            log.warning(
+                "%d threads, and the checkpoint was made with %d: sums may differ in their last bits",
+                torch.get_num_threads(),
+                state["threads"],
+            )
+        return Snapshot(model, optimizer, rng, state)
 
     def clear(self) -> None:
         """Remove all of them: the training is finished."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if distributed.first():
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _steps(self) -> list[Path]:
         """Newest first."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ensemble_kd import distributed
 from ensemble_kd.errors import ConfigError
 
 
@@ -14,7 +15,14 @@ def choose_device(wanted: str = "auto") -> torch.device:
         ConfigError: there is no such device on this machine.
     """
     if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        # Of several processes each has a GPU of its own (see `distributed.joined`).
+        return (
+            torch.device("cuda", torch.cuda.current_device())
+            if distributed.size() > 1
+            else torch.device("cuda")
+        )
     try:
         device = torch.device(wanted)
         if device.type not in ("cpu", "cuda"):

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ensemble_kd import config, files
+from ensemble_kd import config, distributed, files
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.console import log
 from ensemble_kd.curves import draw_curves
@@ -246,7 +246,8 @@ def _conclude(
     watch.lap("test")
     unchanged = {teacher.label: teacher.check_unchanged() for teacher in ensemble.teachers}
     run.keep_predictions(logits, test.known_labels)
-    draw_curves(run.history(), run.path("curves.png"))
+    if distributed.first():
+        draw_curves(run.history(), run.path("curves.png"))
     watch.lap("pictures")
     report = describe(ensemble, setting.combination, judges.val_logits, setting.data.val)
     metrics = {
@@ -281,8 +282,8 @@ def _conclude(
         ],
         "networks": run.status()["networks"],
     }
-    files.write_json(run.path("manifest.json"), manifest)
-    files.write_json(run.path("metrics.json"), metrics)
+    run.write_json("manifest.json", manifest)
+    run.write_json("metrics.json", metrics)
     return metrics
 
 

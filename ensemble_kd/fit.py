@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ensemble_kd import distributed
 from ensemble_kd.checkpoints import Checkpoints
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.console import log, progress
@@ -72,7 +73,7 @@ def fit(
     tapped = FeatureTap(model, "the student") if objective.features else nullcontext()
     shown = progress(description, recipe.epochs * steps_an_epoch)
     with deferred() as stop, shown as advance, _own_random_state(device), tapped as tap:
-        torch.manual_seed(seed)  # dropout; everything else has its own hash
+        torch.manual_seed(distributed.own_seed(seed))  # dropout; everything else has its own hash
         loop = Loop(model, train, recipe, objective, viewing, seed, engine, advance, description)
         loop.tap = tap
         saving = Saving(loop, checkpoints, stop)

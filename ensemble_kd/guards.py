@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ensemble_kd import distributed
+
 
 class FiniteGuard:
     """From the first loss that is not finite on, the optimiser that has `found` takes no step.
@@ -22,6 +24,7 @@ class FiniteGuard:
     def look(self, total: Tensor) -> None:
         """`total` is the sum of the losses of an epoch so far; once it is not finite, it stays so."""
         self.found.copy_((total - total) != 0)  # inf − inf is NaN, which differs from everything
+        distributed.greatest(self.found)  # no process takes a step that another does not
         self._left_out += self.found
 
     @property

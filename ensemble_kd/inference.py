@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.backends import cudnn
 
+from ensemble_kd import distributed
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.data.dataset import Images
 from ensemble_kd.features import FeatureTap
@@ -19,15 +20,24 @@ _GPU_FACTOR = 4
 
 
 def predict(model: Classifier, images: Images) -> Tensor:
-    """Logits (N, C), float32, of all images in order; the model must be in eval mode."""
-    return torch.cat(list(_logits(model, images)))
+    """Logits (N, C), float32, of all images in order; the model must be in eval mode.
+
+    Several processes share the images, and all have all of the answers.
+    """
+    return distributed.gathered(torch.cat(list(_logits(model, _share(images)))), len(images))
 
 
 def predict_with_features(model: Classifier, images: Images, tap: FeatureTap) -> tuple[Tensor, Tensor]:
     """`predict`, with the penultimate features (N, D), float32, from an entered `tap` on the model."""
-    pairs = [(logits, tap.take().float()) for logits in _logits(model, images)]
+    pairs = [(logits, tap.take().float()) for logits in _logits(model, _share(images))]
     logits, features = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-    return logits, features
+    return distributed.gathered(logits, len(images)), distributed.gathered(features, len(images))
+
+
+def _share(images: Images) -> Images:
+    if distributed.size() == 1:
+        return images
+    return images[distributed.own_part(torch.arange(len(images), device=images.ids.device))]
 
 
 def batch_for(size: tuple[int, int], device: torch.device) -> int:

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
+from ensemble_kd import distributed
 from ensemble_kd.checkpoints import Snapshot, random_state, set_random_state
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.console import log
 from ensemble_kd.data import views
 from ensemble_kd.data.dataset import Images
-from ensemble_kd.errors import TrainingError, listing
+from ensemble_kd.errors import ConfigError, TrainingError, listing
 from ensemble_kd.features import FeatureTap
-from ensemble_kd.graphs import Replayed
 from ensemble_kd.guards import first_not_finite
 from ensemble_kd.losses import UNLABELLED, Mixed, soft_cross_entropy
 from ensemble_kd.objective import Objective, Target, Viewing
 from ensemble_kd.profiling import StepProfile, report, span
+from ensemble_kd.recorded import Recorded
+from ensemble_kd.shared_norm import SharedStatistics
 from ensemble_kd.stepping import Recipe, Stepper
 
-_BLOCK = 4096
 _SHARE_OF_MEMORY = 0.25
 
 
@@ -64,14 +66,14 @@ class Loop:
         self.steps = max(1, len(train) // self.size)
         self.stepper = Stepper(model.net, objective.features, recipe, self.steps)
         self.tap: FeatureTap | None = None
-        self._forward: Callable[[Tensor], Tensor] = torch.compile(model) if engine.compile else model
+        self._forward = self._prepared(model)
         self._judge = torch.compile(self._judged) if engine.compile else self._judged
         labels = train.labels if objective.uses_labels else None
         self._unlabelled = labels is not None and bool((labels == UNLABELLED).any())
         self.objective = replace(objective, unlabelled=self._unlabelled)
         self._sums: dict[str, Tensor] = {}
         self._weight = 0.0
-        self._recorded: _Recorded | None = None
+        self._recorded: Recorded | None = None
         self.between: Callable[[int], None] = lambda done: None
         """Called after each step of an epoch with how many were done."""
 
@@ -98,9 +100,10 @@ class Loop:
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
             with _compiling(self.engine.compile):
                 row = self._train_on(epoch, order, done)
+        means = self._means(epoch)
         if "weights" in self._sums:
             row["weights"] = (self._sums["weights"] / self.steps).tolist()
-        return {"train": self._means(epoch)} | row
+        return {"train": means} | row
 
     def _order(self, epoch: int) -> Tensor:
         order = views.order(self.seed, epoch, len(self.train), self.train.ids.device)
@@ -135,6 +138,8 @@ class Loop:
         pixels, targets = self.train.pixels, self.objective.targets
         if not (self.engine.graph and isinstance(pixels, Tensor) and pixels.device.type == "cuda"):
             return False
+        if distributed.size() > 1:
+            return False
         if self.model.card.model.startswith("py:"):
             return False
         if self._wants_targets and not (targets is not None and targets.fixed):
@@ -143,7 +148,7 @@ class Loop:
         return self._recorded is not None or pixels.nbytes < _SHARE_OF_MEMORY * free
 
     def _walk(self, epoch: int, order: Tensor, done: int, each: Callable[[], None] = lambda: None) -> None:
-        chunks = order.split(self.size)[done:]
+        chunks = [distributed.share(chunk) for chunk in order.split(self.size)[done:]]
         seen = self._spanned(self.viewing.batches(self.train, chunks, self.viewing.id_of(epoch)))
         for number, (index, batch) in enumerate(zip(chunks, seen, strict=True), done + 1):
             self._step(batch, index, epoch)
@@ -154,6 +159,23 @@ class Loop:
         self.stepper.count()
         self.advance(1)
         self.between(done)
+
+    def _prepared(self, model: Classifier) -> Callable[[Tensor], Tensor]:
+        """The network as its forward pass is called; with several processes, gradients are shared by it."""
+        if distributed.size() == 1:
+            return torch.compile(model) if self.engine.compile else model
+        if self.objective.features is not None:
+            raise _not_shared(
+                "the feature loss", "its projectors are trained by one process", "--feature-weight"
+            )
+        if self.engine.compile:
+            raise _not_shared("--compile", "it would compile what waits for other processes", "--compile")
+        return DistributedDataParallel(model)
+
+    @property
+    def _whole_batch(self) -> AbstractContextManager[object]:
+        """BatchNorm sees the whole batch, whoever holds its parts."""
+        return nullcontext() if distributed.size() == 1 else SharedStatistics()
 
     @staticmethod
     def _spanned(batches: Iterator[Images]) -> Iterator[Images]:
@@ -166,7 +188,7 @@ class Loop:
 
     def _replay(self, epoch: int, order: Tensor, done: int) -> None:
         if self._recorded is None:
-            self._recorded = _Recorded(self)
+            self._recorded = Recorded(self)
         self._recorded.load(self.viewing.id_of(epoch), order, epoch, done)
         for number in range(done + 1, self.steps + 1):
             self._recorded.step()
@@ -174,7 +196,11 @@ class Loop:
 
     def _step(self, batch: Images, index: Tensor, epoch: int) -> None:
         objective, device = self.objective, batch.ids.device
-        with span("forward"), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with (
+            span("forward"),
+            self._whole_batch,
+            torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"),
+        ):
             logits = self._forward(batch.decoded)
         logits = logits.float()
         labels = batch.labels if objective.uses_labels else None
@@ -191,6 +217,10 @@ class Loop:
                 term = objective.features(self.tap.take(), target.features, target.weights)
                 loss = loss + term
                 measures |= {"feature_loss": term.detach(), "loss": loss.detach()}
+        if distributed.size() > 1:  # means over a part become parts of the mean
+            part = len(batch) / self.size
+            measures = {name: value if name == "off" else value * part for name, value in measures.items()}
+            loss = loss * part * distributed.size()  # whose gradients are averaged over the processes
         for name, value in measures.items():  # in place, so that a recorded step adds to the same number
             if name not in self._sums:
                 self._sums[name] = value.clone()
@@ -239,7 +269,9 @@ class Loop:
                 "the gradient was not, though the loss was",
                 "try a lower --lr, or --set training.clip_norm=1",
             )
-        sums = {f"sums.{name}": total for name, total in self._sums.items()}
+        sums = {f"sums.{name}": total.clone() for name, total in self._sums.items()}
+        for name, total in sums.items():
+            (distributed.greatest if name == "sums.off" else distributed.add_up)(total)
         plain = {"epoch": epoch, "done": done, "steps": self.stepper.steps, "weight": self._weight, **state}
         return Snapshot(model, moments | sums, random_state(self.train.ids.device), plain)
 
@@ -248,10 +280,15 @@ class Loop:
         device = self.train.ids.device
         moments = dict(snapshot.optimizer)
         for key in [key for key in moments if key.startswith("sums.")]:
-            self._sums[key.removeprefix("sums.")] = moments.pop(key).to(device)
+            total = moments.pop(key).to(device)
+            # They were added up over the processes, and will be again.
+            self._sums[key.removeprefix("sums.")] = total if distributed.first() else torch.zeros_like(total)
         self.stepper.load(snapshot.model, moments, snapshot.state["steps"])
         self._weight = snapshot.state["weight"]
-        set_random_state(snapshot.rng, device)
+        if distributed.size() == 1:
+            set_random_state(snapshot.rng, device)
+        else:
+            torch.manual_seed(distributed.own_seed(self.seed) + self.stepper.steps)
 
     def check_finite(self, epoch: int, done: int) -> None:
         """Say which batch of the epoch, and what in it, was the first that was not finite, if any was.
@@ -287,6 +324,8 @@ class Loop:
         return terms
 
     def _means(self, epoch: int) -> dict[str, float]:
+        for name, total in self._sums.items():
+            (distributed.greatest if name == "off" else distributed.add_up)(total)
         sums = {name: float(total) for name, total in self._sums.items() if name != "weights"}
         off = sums.pop("off", 0.0)
         means = {name: total / self.steps for name, total in sums.items()}
@@ -302,6 +341,12 @@ class Loop:
         return means
 
 
+def _not_shared(what: str, why: str, flag: str) -> ConfigError:
+    return ConfigError(
+        f"{what} is not for several processes", why, f"leave {flag} out, or start one process: ekd distill …"
+    )
+
+
 @contextmanager
 def _compiling(wanted: bool) -> Iterator[None]:
     """The compiler's own errors as one line; it has many kinds."""
@@ -315,48 +360,3 @@ def _compiling(wanted: bool) -> Iterator[None]:
             (str(error).strip().splitlines() or [type(error).__name__])[0],
             "leave --compile out; on a CPU it needs a C++ compiler such as g++",
         ) from error
-
-
-class _Recorded:
-    """Steps of a loop as a CUDA graph, and the buffers that it reads: an epoch's views and its order."""
-
-    def __init__(self, loop: Loop) -> None:
-        self._loop, self._epoch, self._view = loop, 0, -1
-        device = loop.train.ids.device
-        plain = loop.viewing.policy == loop.viewing.mix == "none"
-        self._seen = loop.train if plain else None
-        self._plain = plain
-        self._order = torch.empty(loop.steps * loop.size, dtype=torch.int64, device=device)
-        self._at = torch.arange(loop.size, device=device)
-        self._start = torch.zeros((), dtype=torch.int64, device=device)
-        self.step = Replayed(self._work, device)
-
-    def load(self, view_id: int, order: Tensor, epoch: int, done: int) -> None:
-        """Bring the views of all images, and the order of this epoch, to where the graph reads them."""
-        self._epoch = epoch
-        self._order.copy_(order)
-        self._start.fill_(done * self._loop.size)
-        if self._plain or view_id == self._view:
-            return
-        self._view, loop = view_id, self._loop
-        chunks = torch.arange(len(loop.train), device=order.device).split(_BLOCK)
-        for chunk, batch in zip(chunks, loop.viewing.batches(loop.train, chunks, view_id), strict=True):
-            if self._seen is None:
-                self._seen = Images(*(_room_for(values, len(loop.train)) for values in _fields(batch)))
-            for room, values in zip(_fields(self._seen), _fields(batch), strict=True):
-                if room is not None:
-                    room[chunk] = values
-
-    def _work(self) -> None:
-        assert self._seen is not None
-        index = self._order[self._start + self._at]
-        self._start += self._loop.size
-        self._loop._step(self._seen[index], index, self._epoch)
-
-
-def _fields(images: Images) -> list[Any]:
-    return [getattr(images, field.name) for field in fields(images)]
-
-
-def _room_for(values: Tensor | None, count: int) -> Any:
-    return None if values is None else values.new_empty((count, *values.shape[1:]))

@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -22,7 +22,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from ensemble_kd import __version__, files
+from ensemble_kd import __version__, distributed, files
 from ensemble_kd.checkpoints import Checkpoints
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.console import log, log_to_file
@@ -61,7 +61,7 @@ class Run:
 
     folder: Path
     held: BinaryIO | None = None
-    """The lock of the folder, while this process writes to it."""
+    """The lock of the folder, while this process writes to it; of several processes the first does."""
 
     @classmethod
     def create(cls, verb: str, out: Path | None, name: str, overwrite: bool, config: str) -> Run:
@@ -70,14 +70,21 @@ class Run:
         Raises:
             RunError: the folder holds something already, and `overwrite` is not given; or it is in use.
         """
-        folder = out or _new_folder(name)
-        cls(folder)._check_free(overwrite)
+        folder = distributed.told(out or _new_folder(name))
+        created = distributed.by_first(lambda: cls._create(verb, folder, overwrite, config))
+        return created or cls(folder)
+
+    @classmethod
+    def _create(cls, verb: str, folder: Path, overwrite: bool, config: str) -> Run:
         run = cls(folder)
+        run._check_free(overwrite)
         try:
-            run = run.locked()
+            run = run._locked()
             run._make_room(overwrite)
             files.write_text(folder / "config.yaml", config)
-            files.write_json(run.path("status.json"), {"verb": verb, "state": "running", "networks": {}})
+            facts = {"configuration": flat(yaml.safe_load(config))}
+            status = {"verb": verb, "state": "running", "networks": {}, "facts": facts}
+            files.write_json(run.path("status.json"), status)
         except OSError as error:
             run.unlock()
             raise RunError(
@@ -86,7 +93,6 @@ class Run:
         except BaseException:
             run.unlock()
             raise
-        run.must_match("configuration", flat(yaml.safe_load(config)))
         return run
 
     def locked(self) -> Run:
@@ -96,6 +102,9 @@ class Run:
             RunError: another one writes to it.
             OSError: it cannot be written to.
         """
+        return distributed.by_first(self._locked) or self
+
+    def _locked(self) -> Run:
         held = lock(self.folder)
         if held is None:
             raise RunError(
@@ -178,13 +187,18 @@ class Run:
 
     def set_state(self, state: str) -> None:
         """Note whether the run is running, stopped or finished."""
-        files.write_json(self.path("status.json"), {**self.status(), "state": state})
+        self.write_json("status.json", {**self.status(), "state": state})
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a file of the run; of several processes the first does."""
+        if distributed.first():
+            files.write_json(self.path(name), value)
 
     @contextmanager
     def working(self) -> Iterator[None]:
         """Keep train.log; note in the status whether the block ended or was stopped, and unlock the folder."""
         try:
-            with log_to_file(self.path("train.log")):
+            with log_to_file(self.path("train.log")) if distributed.first() else nullcontext():
                 try:
                     yield
                 except BaseException as error:
@@ -202,11 +216,14 @@ class Run:
         Raises:
             RunError: something changed; it says what.
         """
+        distributed.by_first(lambda: self._must_match(what, facts))
+
+    def _must_match(self, what: str, facts: Mapping[str, Any]) -> None:
         status = self.status()
         kept = status.setdefault("facts", {}).get(what)
         if kept is None:
             status["facts"][what] = dict(facts)
-            files.write_json(self.path("status.json"), status)
+            self.write_json("status.json", status)
             return
         names = [name for name in {**kept, **facts} if kept.get(name) != facts.get(name)]
         if names:
@@ -224,6 +241,9 @@ class Run:
 
     def keep_network(self, name: str, classifier: Classifier, history: list[dict[str, Any]]) -> None:
         """Save a finished network and its history; a run that is resumed does not train it again."""
+        if not distributed.first():
+            distributed.wait()
+            return
         file = network_file(name)
         save_classifier(self.path(file), classifier)
         others = [row for row in self.history() if row["network"] != name]
@@ -232,7 +252,8 @@ class Run:
         status = self.status()
         status["networks"][name] = {"file": file, "sha256": files.sha256_file(self.path(file))}
         files.write_json(self.path("status.json"), status)
-        self.checkpoints(name).clear()
+        Checkpoints(self.path("checkpoints") / name, {}).clear()
+        distributed.wait()
 
     def finished_network(self, name: str, code: ModelName | None = None) -> Classifier | None:
         """A network that an earlier part of this run finished; `code` is the user's own, if it is theirs."""
@@ -267,6 +288,8 @@ class Run:
 
     def keep_predictions(self, logits: dict[str, Tensor], labels: Tensor) -> None:
         """Save test logits (N, C) by model, and the labels, for the analyses."""
+        if not distributed.first():
+            return
         tensors = {f"logits/{name}": values.cpu().contiguous() for name, values in logits.items()}
         tensors["labels"] = labels.cpu()
         files.write_bytes(self.path("predictions.safetensors"), safetensors.torch.save(tensors))

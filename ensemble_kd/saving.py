@@ -5,10 +5,16 @@ from __future__ import annotations
 import time
 from typing import Any, NamedTuple
 
+import torch
+
+from ensemble_kd import distributed
 from ensemble_kd.checkpoints import Checkpoints
 from ensemble_kd.console import log
 from ensemble_kd.interrupts import Stop
 from ensemble_kd.loop import Loop
+
+_MEET = 16
+"""Steps between two looks at whether another process was asked to stop, where looking makes the device wait."""
 
 
 class Pass(NamedTuple):
@@ -31,7 +37,8 @@ class Saving:
         """The first that is not finished."""
         self._done, self._rate, self._started = 0, loop.stepper.rate, time.perf_counter()
         self._spent = 0.0
-        self._waits = loop.train.ids.device.type == "cpu"
+        self._device = loop.train.ids.device
+        self._waits = self._device.type == "cpu"
         loop.between = self._between
         if kept := checkpoints.latest() if checkpoints else None:
             loop.restore(kept)
@@ -61,17 +68,32 @@ class Saving:
         return self._spent + time.perf_counter() - self._started
 
     def _between(self, done: int) -> None:
-        due = self._checkpoints is not None and self._checkpoints.due
-        if due or self._stop.asked or self._waits:
+        asked, due = self._together(done)
+        if due or asked or self._waits:
             self._loop.check_finite(self.epoch, done)
-        if due or self._stop.asked:
+        if due or asked:
             self._save(done)
-        if self._stop.asked:
+        if asked:
             raise KeyboardInterrupt
+
+    def _together(self, done: int) -> tuple[bool, bool]:
+        """Whether to stop, and whether to save, in all processes alike; on GPUs they meet every few steps."""
+        due = self._checkpoints is not None and self._checkpoints.due
+        if distributed.size() == 1:
+            return self._stop.asked, due
+        if not self._waits and done % _MEET and done < self._loop.steps:
+            return False, False
+        flags = torch.tensor(
+            [float(self._stop.asked), float(due and distributed.first())], device=self._device
+        )
+        distributed.greatest(flags)
+        asked, due = (bool(flag) for flag in flags)
+        return asked, due
 
     def _save(self, done: int) -> None:
         if self._checkpoints is None:
             return
         state = {"history": self.history, "rate": self._rate, "spent": self._seconds}
         snapshot = self._loop.snapshot(self.epoch, done, state)
-        self._checkpoints.save(snapshot.state["steps"], snapshot)
+        if distributed.first():
+            self._checkpoints.save(snapshot.state["steps"], snapshot)

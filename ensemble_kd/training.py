@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ensemble_kd import config, files, recipes
+from ensemble_kd import config, distributed, files, recipes
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.console import log
 from ensemble_kd.curves import draw_curves
@@ -99,7 +99,8 @@ def _finish(run: Run, chosen: TrainOptions, data: Dataset, policy: str) -> Train
         "bytes": classifier.byte_count,
         **measure(predict(classifier, test), test.known_labels),
     }
-    draw_curves(run.history(), run.path("curves.png"))
+    if distributed.first():
+        draw_curves(run.history(), run.path("curves.png"))
     watch.lap("test")
     metrics = {"data": data.name, "split": "test", "n": len(test)}
     metrics |= {"models": {name.label: row}, "seconds": watch.seconds}
@@ -107,9 +108,10 @@ def _finish(run: Run, chosen: TrainOptions, data: Dataset, policy: str) -> Train
     resolved = config.to_yaml(
         chosen, augment=policy, decode=data.decode, training=recipe, out=None, overwrite=False
     )
-    files.write_text(run.path("config.yaml"), resolved)
-    files.write_json(run.path("manifest.json"), surroundings(device) | facts)
-    files.write_json(run.path("metrics.json"), metrics)
+    if distributed.first():
+        files.write_text(run.path("config.yaml"), resolved)
+    run.write_json("manifest.json", surroundings(device) | facts)
+    run.write_json("metrics.json", metrics)
     return TrainResult(run.folder, metrics, classifier)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ensemble_kd import distributed
 from ensemble_kd.console import log, progress
 from ensemble_kd.data.dataset import Images
 from ensemble_kd.features import feature_width
@@ -82,21 +83,32 @@ def build(stores: Sequence[Store], ensemble: Ensemble, train: Images, viewing: V
         ModelError: a teacher's output is not finite.
         EkdError: the disk is full.
     """
-    if all(store.views >= views for store in stores):
+    if distributed.told(all(store.views >= views for store in stores)):
         return
     with ExitStack() as locks:
-        for store in sorted(
-            stores, key=lambda store: store.folder
-        ):  # so that no two runs wait for each other
-            locks.enter_context(store.building(views))
+        if distributed.first():
+            for store in sorted(
+                stores, key=lambda store: store.folder
+            ):  # so that no two runs wait for each other
+                locks.enter_context(store.building(views))
+        for store, temporary in zip(
+            stores, distributed.told([store.temporary for store in stores]), strict=True
+        ):
+            if temporary and not distributed.first():
+                store.become_temporary()
+                locks.enter_context(store.building(views))
         left = {view_id: [store.missing(view_id) for store in stores] for view_id in range(views)}
-        left = {view_id: missing for view_id, missing in left.items() if any(missing)}
+        left = distributed.told({view_id: missing for view_id, missing in left.items() if any(missing)})
         total = sum(len(chunk) for missing in left.values() for chunk in _chunks(missing, _batch(train)))
         if total:
             _tell(stores, ensemble, train, viewing, list(left.values()))
         with progress("teachers: storing targets", total) as advance:
             for view_id, missing in left.items():
                 _build_view(stores, ensemble, train, viewing, view_id, missing, advance)
+    distributed.wait()
+    for store in stores:
+        if not (distributed.first() or store.temporary):
+            store.look_again()
 
 
 def _build_view(
@@ -109,7 +121,9 @@ def _build_view(
     advance: Callable[..., None],
 ) -> None:
     chunks, device = _chunks(missing, _batch(train)), train.ids.device
-    positions = (torch.arange(chunk.start, chunk.stop, device=device) for chunk in chunks)
+    positions = (
+        distributed.own_part(torch.arange(chunk.start, chunk.stop, device=device)) for chunk in chunks
+    )
     writers = [
         _Writer(store, teacher, view_id, shards)
         for store, teacher, shards in zip(stores, ensemble.teachers, missing, strict=True)
@@ -133,7 +147,10 @@ class _Writer:
         """Run the teacher on the batch where its shard is missing, and write the shard when it is whole."""
         if self._shard is None or chunk.start < self._shard.start:
             return
-        self._parts.append(self._teacher.runner(batch.ids.device)(batch.decoded, features))
+        answers = self._teacher.runner(batch.ids.device)(batch.decoded, features)
+        self._parts.append(
+            Answers(*(v if v is None else distributed.gathered(v, len(chunk)) for v in answers))
+        )
         if chunk.stop < self._shard.stop:
             return
         logits = torch.cat([part.logits for part in self._parts])
@@ -144,7 +161,8 @@ class _Writer:
         )
         if self._store.layout.top_k is not None:
             logits = self._teacher.mapped(logits)
-        self._store.put(self._view, self._shard, logits, kept)
+        if distributed.first() or self._store.temporary:
+            self._store.put(self._view, self._shard, logits, kept)
         self._shard, self._parts = next(self._shards, None), []
 
 

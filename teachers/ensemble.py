@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ensemble_kd import distributed
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.combine import combine
 from ensemble_kd.console import progress
@@ -189,16 +190,37 @@ class Teacher:
         width = feature_width(self.classifier, self.label) if features else 0
         layout = Layout(len(images), len(self.classifier.classes), features=width, dtype="float32")
         facts = self.facts(images, "measured split", None, torch.float32) | {"use": "measured"}
+        if distributed.size() > 1:
+            return self._raw_together(images, features, facts, layout)
         store = Store.open(facts, layout)
         with store.building(1):
             if missing := store.missing(0):
-                logits, kept = self._compute(images, features)
-                for rows in missing:
-                    part = slice(rows.start, rows.stop)
-                    store.put(0, rows, logits[part], None if kept is None else kept[part])
+                self._put(store, missing, *self._compute(images, features))
         found = store.rows(0, slice(None), device)
         assert found.logits is not None
         return found.logits, found.features
+
+    def _raw_together(
+        self, images: Images, features: bool, facts: dict[str, Any], layout: Layout
+    ) -> tuple[Tensor, Tensor | None]:
+        """Several processes: all compute, and the first looks up before and writes afterwards."""
+        store = Store.open(facts, layout) if distributed.first() else None
+        computed = None
+        if not distributed.told(store is not None and store.views > 0):
+            computed = self._compute(images, features)
+            if store is not None:
+                with store.building(1):
+                    self._put(store, store.missing(0), *computed)
+            distributed.wait()
+        found = (store or Store.open(facts, layout)).rows(0, slice(None), images.ids.device)
+        assert found.logits is not None
+        return found.logits, found.features
+
+    @staticmethod
+    def _put(store: Store, missing: Sequence[range], logits: Tensor, kept: Tensor | None) -> None:
+        for rows in missing:
+            part = slice(rows.start, rows.stop)
+            store.put(0, rows, logits[part], None if kept is None else kept[part])
 
     def _compute(self, images: Images, features: bool) -> tuple[Tensor, Tensor | None]:
         blocks: list[tuple[Tensor, ...]] = []
@@ -206,7 +228,7 @@ class Teacher:
         # Its runner may have turned the weights to channels-last, which other sums, in their last bits, come from.
         self.classifier.to(images.ids.device, memory_format=torch.contiguous_format)
         with progress(f"teacher {self.label}", len(images)) as advance, tapped as tap:
-            for batch in images.batches(EVAL_BATCH):
+            for batch in images.batches(EVAL_BATCH * distributed.size()):
                 if tap:
                     blocks.append(predict_with_features(self.classifier, batch, tap))
                 else:

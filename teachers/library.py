@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from ensemble_kd import files
+from ensemble_kd import distributed, files
 from ensemble_kd.checkpoints import Checkpoints
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.console import log
@@ -59,9 +59,13 @@ def find(made_from: dict[str, Any], code: ModelName | None = None) -> Classifier
 def keep(classifier: Classifier, made_from: dict[str, Any], results: dict[str, Any]) -> Path:
     """Save a trained teacher; `teacher.json` is written last, so a teacher without it is incomplete."""
     folder = folder_of(made_from)
+    if not distributed.first():
+        distributed.wait()
+        return folder
     save_classifier(folder / "model.safetensors", classifier)
     digest = files.sha256_file(folder / "model.safetensors")
     files.write_json(folder / "teacher.json", {"sha256": digest, "made_from": made_from, "results": results})
+    distributed.wait()
     return folder
 
 
@@ -72,10 +76,19 @@ def checkpoints(made_from: dict[str, Any]) -> Checkpoints:
 
 @contextmanager
 def locked(made_from: dict[str, Any], label: str) -> Iterator[None]:
-    """While entered, no other process trains that teacher; one that does is waited for."""
+    """While entered, no other run trains that teacher; one that does is waited for."""
+    held = distributed.by_first(lambda: _lock(made_from, label))
     try:
-        held = lock(
-            folder_of(made_from), lambda: log.info("another process trains teacher %s: waiting", label)
+        yield
+    finally:
+        if held is not None:
+            held.close()
+
+
+def _lock(made_from: dict[str, Any], label: str) -> BinaryIO | None:
+    try:
+        return lock(
+            folder_of(made_from), lambda: log.info("another run trains teacher %s: waiting for it", label)
         )
     except OSError as error:
         raise ModelError(
@@ -83,11 +96,6 @@ def locked(made_from: dict[str, Any], label: str) -> Iterator[None]:
             str(error.strerror),
             "keep trained teachers elsewhere: EKD_CACHE=PATH",
         ) from error
-    try:
-        yield
-    finally:
-        if held is not None:
-            held.close()
 
 
 def kept() -> list[dict[str, Any]]:

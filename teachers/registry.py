@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ensemble_kd import files, pretrained, recipes
+from ensemble_kd import distributed, files, pretrained, recipes
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.console import log
 from ensemble_kd.data import load_data
@@ -203,7 +203,7 @@ def _kept_or_trained(
     recipe = recipes.teacher_recipe(sketch, len(dataset.train), training)
     made_from = _made_from(model, sketch, dataset, recipe, policy, options["seed"])
     storable = model.library != "py"
-    kept = library.find(made_from, code=None if storable else model)
+    kept = _find(made_from, None if storable else model)
     if kept is not None:
         log.info("teacher %s: from the library", model.label)
         return Teacher.of(model.label, kept.to(device), str(library.folder_of(made_from)), storable)
@@ -215,11 +215,20 @@ def _kept_or_trained(
         )
     with library.locked(made_from, model.label):
         # Another process may have trained it while this one waited.
-        if (kept := library.find(made_from, code=None if storable else model)) is not None:
+        if (kept := _find(made_from, None if storable else model)) is not None:
             return Teacher.of(model.label, kept.to(device), str(library.folder_of(made_from)), storable)
         classifier = sketch if sketch.pretrained else new_classifier(model, dataset, **options, scratch=True)
         folder = _train_and_keep(model.label, classifier, dataset, recipe, policy, device, made_from, engine)
     return Teacher.of(model.label, classifier, str(folder), storable)
+
+
+def _find(made_from: dict[str, Any], code: ModelName | None) -> Classifier | None:
+    """From the library, in all processes or in none."""
+    if not distributed.first():
+        return library.find(made_from, code) if distributed.told(False) else None
+    kept = library.find(made_from, code)
+    distributed.told(kept is not None)
+    return kept
 
 
 def _is_trained(name: ModelName) -> bool:

@@ -321,6 +321,15 @@ class Store:
             )
             self._maps[name] = np.asarray(mapped)  # a plain array is indexed faster
 
+    def look_again(self) -> None:
+        """Take over what another process wrote meanwhile."""
+        self._load()
+
+    def become_temporary(self) -> None:
+        """Keep nothing beyond this process, as another one of its group does."""
+        if not self.temporary:
+            self._become_temporary("the first process keeps its own so too")
+
     def _say_that_it_waits(self) -> None:
         log.info("another process makes the targets of %s: waiting for it", self.label)
 

@@ -18,10 +18,11 @@ FOLDERS = {"ensemble_kd": ROOT / "ensemble_kd", "ensemble_kd.teachers": ROOT / "
 # fmt: off
 LEVELS = [
     {"ensemble_kd"},
-    {"errors", "files", "console", "names", "interrupts", "locks"},
+    {"errors", "files", "console", "names", "interrupts", "locks", "distributed"},
     {
         "losses", "combine", "weighting", "calibration", "metrics", "initialise", "students", "forms",
         "fields", "schema", "device", "imagenet", "topk", "fused", "profiling", "graphs", "guards", "checkpoints",
+        "shared_norm",
     },
     {
         "config", "classifier", "models", "features", "data.hashing", "data.crops", "data.mixing", "data.trivial",
@@ -31,7 +32,7 @@ LEVELS = [
         "data.folders", "data.unlabelled", "data.sources", "weights", "pretrained", "data", "data.inspect",
         "curves", "objective", "inference", "stepping",
     },
-    {"fresh", "fit", "loop", "saving", "runs", "results"},
+    {"fresh", "fit", "loop", "recorded", "saving", "runs", "results"},
     {
         "recipes", "tables", "teachers", "teachers.library", "teachers.class_map", "teachers.runner",
         "teachers.layout", "teachers.store", "teachers.stored",

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ensemble_kd import console
+from ensemble_kd import console, distributed
 from ensemble_kd.config import SHORT
 from ensemble_kd.errors import EkdError
 from ensemble_kd.fields import Options
@@ -116,15 +116,15 @@ def _metavar(field: Any) -> str:
 
 def guarded(work: Callable[[], None], *, quiet: bool, debug: bool) -> None:
     """Run a command; every error becomes a message and an exit code, never a traceback."""
-    console.log_to_stderr(quiet)
+    console.log_to_stderr(quiet or not distributed.speaks())
     try:
-        with as_interrupt():
+        with as_interrupt(), distributed.joined():
             work()
     except EkdError as error:
         if debug:
             raise
         for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
+            print(f"error: {problem if distributed.speaks() else problem.what}", file=sys.stderr)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         print("stopped: what was finished is kept", file=sys.stderr)
@@ -145,6 +145,8 @@ def guarded(work: Callable[[], None], *, quiet: bool, debug: bool) -> None:
 
 def emit(as_json: bool, value: Any, text: str) -> None:
     """Print the result on stdout: as one JSON object, or as text."""
+    if not distributed.speaks():
+        return
     if as_json:
         from ensemble_kd.files import to_json
 
@@ -155,5 +157,7 @@ def emit(as_json: bool, value: Any, text: str) -> None:
 
 def hint_next(*commands: Sequence[object]) -> None:
     """The next commands to try, on stderr, quoted for a shell."""
+    if not distributed.speaks():
+        return
     lines = ("  " + shlex.join(str(word) for word in command) for command in commands)
     print("\nnext:", *lines, sep="\n", file=sys.stderr)
