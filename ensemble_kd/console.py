@@ -9,11 +9,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ensemble_kd.errors import printable
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+
+def _harmless(record: logging.LogRecord) -> bool:
+    """Names of files and classes must not steer a terminal."""
+    record.msg, record.args = "\n".join(map(printable, record.getMessage().split("\n"))), ()
+    return True
+
+
 log = logging.getLogger("ensemble_kd")
 log.addHandler(logging.NullHandler())
+log.addFilter(_harmless)
 _bars: list[Progress] = []
 
 
@@ -28,10 +38,10 @@ def progress(description: str, total: int) -> Iterator[Callable[..., None]]:
         yield lambda steps=1, note="": None
         return
     with _display() as bar:
-        task = bar.add_task(description, total=total, note="")
+        task = bar.add_task(printable(description), total=total, note="")
 
         def advance(steps: int = 1, note: str | None = None) -> None:
-            fields = {} if note is None else {"note": note}
+            fields = {} if note is None else {"note": printable(note)}
             bar.update(task, advance=steps, **fields)  # type: ignore[arg-type]
 
         yield advance
@@ -79,6 +89,7 @@ def log_to_file(path: Path) -> Iterator[None]:
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handler.setLevel(logging.DEBUG)
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk: no traceback a line
     before = log.level
     if log.getEffectiveLevel() > logging.DEBUG:
         log.setLevel(logging.DEBUG)

@@ -20,11 +20,11 @@ class Problem:
     fix: str = ""
 
     def __str__(self) -> str:
-        lines = [self.what]
+        lines = [printable(self.what)]
         if self.why:
-            lines.append(f"  why: {self.why}")
+            lines.append(f"  why: {printable(self.why)}")
         if self.fix:
-            lines.append(f"  fix: {self.fix}")
+            lines.append(f"  fix: {printable(self.fix)}")
         return "\n".join(lines)
 
 
@@ -33,7 +33,10 @@ class EkdError(Exception):
 
     def __init__(self, what: str | Sequence[Problem], why: str = "", fix: str = "") -> None:
         self.problems = (Problem(what, why, fix),) if isinstance(what, str) else tuple(what)
-        super().__init__("\n".join(str(problem) for problem in self.problems))
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.problems))
 
 
 class ConfigError(EkdError):
@@ -60,6 +63,12 @@ class TrainingError(EkdError):
     """Training cannot go on."""
 
 
+class DiskError(EkdError, OSError):
+    """A file cannot be written; an OSError too, with its number, for code that can do without the file."""
+
+    __str__ = EkdError.__str__
+
+
 def together(*works: Callable[[], Any]) -> list[Any]:
     """The results of all `works`; where some fail, one error with the problems of all of them.
 
@@ -77,6 +86,13 @@ def together(*works: Callable[[], Any]) -> list[Any]:
     if failures:
         raise ConfigError([problem for error in failures for problem in error.problems])
     return results
+
+
+def printable(text: str) -> str:
+    """`text` on one line and without control characters, whatever a file or a folder is called."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in text)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from ensemble_kd.errors import Problem
 from ensemble_kd.names import label_of
@@ -38,10 +39,20 @@ def by_name(value: Any) -> Any:
     return {label_of(str(name)): item for name, item in value.items()} if isinstance(value, dict) else value
 
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+def no_truth(value: Any) -> Any:
+    """Refuse True and False where a number is wanted: Python would take them for 1 and 0."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("truth", "it should be a number, not a truth value")
+    return value
+
+
+Number = BeforeValidator(no_truth)
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), Number]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), Number]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), Number]
+Part = Annotated[float, Field(gt=0, lt=1), Number]
+Count = Annotated[int, Field(ge=1), Number]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63), Number]
 Names = Annotated[list[str], BeforeValidator(split_list)]
 Files = Annotated[dict[str, Path], BeforeValidator(by_name)]
 PerTeacher = Annotated[Positive | dict[str, Positive], BeforeValidator(by_name)]

@@ -11,25 +11,35 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ensemble_kd.errors import DiskError
+
 MANIFEST = "manifest.json"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""The numbers of errors which say that a disk is full."""
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path` atomically, making its folder; a symbolic link is followed."""
+    """Write `data` to `path` atomically, making its folder; a symbolic link is followed.
+
+    Raises:
+        DiskError: it cannot be written; what was there before is there still.
+    """
     path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
-    try:
-        _put(temporary, data)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _flush_names(path.parent)
+    with _explained(path, len(data)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _put(temporary, data)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _flush_names(path.parent)
 
 
 def write_folder(path: Path, contents: Mapping[str, bytes]) -> None:
@@ -37,22 +47,55 @@ def write_folder(path: Path, contents: Mapping[str, bytes]) -> None:
 
     Raises:
         FileExistsError: there is something at `path`.
+        DiskError: it cannot be written.
     """
     if path.exists():
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    with _explained(path, sum(map(len, contents.values()))):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.mkdir()
+            for name, data in {**contents, MANIFEST: to_json(digests).encode()}.items():
+                _put(temporary / name, data)
+            _flush_names(temporary)
+            os.rename(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _flush_names(path.parent)
+
+
+@contextmanager
+def _explained(path: Path, size: int) -> Iterator[None]:
+    """What keeps `size` bytes from being written to `path`, with what can be done."""
     try:
-        temporary.mkdir()
-        for name, data in {**contents, MANIFEST: to_json(digests).encode()}.items():
-            _put(temporary / name, data)
-        _flush_names(temporary)
-        os.rename(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    _flush_names(path.parent)
+        yield
+    except OSError as error:
+        why = error.strerror or str(error)
+        what, fix = f"cannot write {path}", "make it writable, or name another folder"
+        if error.errno in FULL:
+            what = f"no room for {path}: {readable(size)} are needed, {readable(free_at(path))} are free"
+            fix = "make room, or name another folder; what was there before is there still"
+        told = DiskError(what, why, fix)
+        told.errno, told.strerror = error.errno, error.strerror
+        raise told from error
+
+
+def free_at(path: Path) -> int:
+    """The free bytes of the disk that `path` lies on, or would."""
+    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    return shutil.disk_usage(there).free
+
+
+def readable(count: float) -> str:
+    """Bytes for people, such as 41 B or 3.4 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.95:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
 
 
 def read_folder(path: Path) -> dict[str, bytes]:
@@ -118,8 +161,15 @@ def json_line(value: Mapping[str, Any]) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in `path`."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The JSON value in `path`.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is none.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

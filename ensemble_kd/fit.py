@@ -57,10 +57,9 @@ def fit(
 
     Returns:
         One row an epoch: `train` and `val` with `accuracy`, `loss` and, where there are targets,
-        `teacher_student_cross_entropy` at temperature 1 (nats); of mixed images, training accuracy counts
-        the first label; `lr`, `soft_weight`, `seconds`,
-        `images_per_second`; `weights`, the teachers' mean weights, where they differ by batch; with a
-        feature term `train` has its `feature_loss`, and the validation loss is without it.
+        `teacher_student_cross_entropy` at temperature 1 (nats); `lr`, `soft_weight`, `seconds`,
+        `images_per_second`; `weights`, the teachers' mean weights, where they differ by batch. Of mixed
+        images, training accuracy counts the first label; `feature_loss` is in `train` alone.
 
     Raises:
         TrainingError: the loss became infinite or NaN; the step of that batch was not taken.

@@ -16,9 +16,12 @@ from ensemble_kd.fields import (
     Files,
     Names,
     NotNegative,
+    Number,
     Options,
+    Part,
     PerTeacher,
     Positive,
+    Seed,
     Share,
     Sizes,
     numbers,
@@ -54,13 +57,15 @@ class DataOptions(Options):
     data_root: Path | None = Field(
         None, description="where the files of a named source lie, or are downloaded to"
     )
-    split: Annotated[float, Field(gt=0, lt=1)] = Field(
+    split: Part = Field(
         0.2, description="test part of an image folder without train/"
     )
-    val_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+    val_fraction: Part = Field(
         0.1, description="part of the training images held out for validation"
     )
-    split_seed: int = Field(0, description="fixes which images those are")
+    split_seed: Annotated[int, Field(ge=0, lt=1 << 32), Number] = Field(
+        0, description="fixes which images those are"
+    )
     image_size: Count | None = Field(None, description="decode the images of a folder to this side")
     limit_train: Count | None = Field(None, description="train on this many images only")
     decode: Literal["auto", "once", "always"] = Field(
@@ -91,7 +96,7 @@ class NetworkOptions(DataOptions):
     augment: AUGMENT = Field(
         "auto", description="views: none, crop, crop-flip, rrc or trivial; auto takes what suits the data"
     )
-    seed: int = Field(0, ge=0, description="of weights, order of images and views")
+    seed: Seed = Field(0, description="of weights, order of images and views")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
     out: Path | None = Field(None, description="folder for results; default in runs/, by data, name and time")
 
@@ -145,7 +150,7 @@ class CombineOptions(NetworkOptions):
     class_map: Files = Field({}, description="NAME=FILE.yaml,... which classes of a teacher are the data's")
     teacher_size: Sizes = Field({}, description="NAME=PIXELS,... for teachers")
     teacher_training: RecipeOptions = RecipeOptions()
-    teacher_seed: int = Field(0, ge=0, description="of teachers trained here")
+    teacher_seed: Seed = Field(0, description="of teachers trained here")
     train_teachers: bool = Field(True, description="train teachers that are not in the library")
 
     def cross_checks(self) -> list[tuple[set[str], Problem]]:
@@ -263,7 +268,7 @@ class DistillOptions(CombineOptions, RunOptions):
     )
     unlabelled_only: bool = Field(False, description="distil on the unlabelled images alone")
     controls: Names = Field(["labels"], description="labels, best-teacher, independent; or none")
-    views: Annotated[int, Field(ge=0)] | None = Field(
+    views: Annotated[int, Field(ge=0), Number] | None = Field(
         None, description="stored views of each image, 0 for a fresh one each epoch; default 1 or 16"
     )
     mix: Literal["none", "mixup", "cutmix"] = Field(

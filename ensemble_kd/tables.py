@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ensemble_kd.errors import printable
 from ensemble_kd.results import verdict
 
 _COLUMNS = {
@@ -45,7 +46,7 @@ def _ratio(value: float) -> str:
 
 def _plain(cell: str) -> Text:
     """Text, so that a name is never read as markup, and on one line whatever is in it."""
-    return Text("".join(c if c.isprintable() else "\ufffd" for c in cell))
+    return Text(printable(cell))
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> str:

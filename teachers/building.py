@@ -15,10 +15,11 @@ from ensemble_kd import distributed
 from ensemble_kd.console import log, progress
 from ensemble_kd.data.dataset import Images
 from ensemble_kd.features import feature_width
+from ensemble_kd.files import readable
 from ensemble_kd.inference import batch_for
 from ensemble_kd.objective import Viewing
 from ensemble_kd.teachers.ensemble import Ensemble, Outputs, Teacher, stacked
-from ensemble_kd.teachers.layout import Layout, readable
+from ensemble_kd.teachers.layout import Layout
 from ensemble_kd.teachers.runner import Answers
 from ensemble_kd.teachers.store import Store
 from ensemble_kd.teachers.stored import explain_stale

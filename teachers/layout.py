@@ -114,16 +114,6 @@ class Layout:
         return [range(start, min(start + step, self.count)) for start in range(0, self.count, step)]
 
 
-def readable(count: float) -> str:
-    """Bytes for people, such as 41 B or 3.4 GB."""
-    units = iter(("B", "kB", "MB", "GB"))
-    for unit in units:
-        if count < 999.95:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
 def check_finite(label: str, *outputs: Tensor | None) -> None:
     """Refuse NaN and infinity among a teacher's outputs.
 

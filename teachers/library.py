@@ -82,6 +82,7 @@ def locked(made_from: dict[str, Any], label: str) -> Iterator[None]:
         yield
     finally:
         if held is not None:
+            Path(held.name).unlink(missing_ok=True)
             held.close()
 
 

@@ -8,7 +8,6 @@ the bytes, flushed to the disk, then their SHA-256 in store.json. What that does
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
@@ -29,14 +28,13 @@ from ensemble_kd import files
 from ensemble_kd.console import log
 from ensemble_kd.errors import EkdError
 from ensemble_kd.locks import lock
-from ensemble_kd.teachers.layout import Layout, Rows, pack, readable, unpack
+from ensemble_kd.teachers.layout import Layout, Rows, pack, unpack
 
 FORMAT = 1
 FOR_PEOPLE = ("label", "data")
 """Facts that are no part of the key: names, which may change while what they name is the same."""
 TEMPORARY = "ekd-targets-"
 """What the names of temporary stores begin with."""
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _OURS: set[Path] = set()
 """The stores that this process builds."""
 
@@ -227,7 +225,7 @@ class Store:
             held[self.layout.shards.index(rows)] = digest.hexdigest()
             self._record()
         except OSError as error:
-            if error.errno not in _FULL:
+            if error.errno not in files.FULL:
                 raise
             raise self._no_room(len(rows) * self.layout.row_bytes) from error
 
@@ -348,7 +346,7 @@ class Store:
         variable = "TMPDIR" if self.temporary else "EKD_CACHE"
         free = shutil.disk_usage(self.folder).free
         return EkdError(
-            f"no room for the targets of {self.label}: {readable(needed)} are needed, {readable(free)} are free",
+            f"no room for the targets of {self.label}: {files.readable(needed)} are needed, {files.readable(free)} are free",
             f"they are kept in {self.folder}",
             f"remove old ones, `ekd targets prune --older-than 30`, or keep them elsewhere: {variable}=PATH",
         )

@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 
 from ensemble_kd.cli import app
 from ensemble_kd.errors import ConfigError
+from ensemble_kd.files import readable
 from ensemble_kd.locks import lock
-from ensemble_kd.teachers.layout import Layout, readable
+from ensemble_kd.teachers.layout import Layout
 from ensemble_kd.teachers.store import Store, targets_dir
 from ensemble_kd.teachers.stored import list_targets, prune_targets, verify_targets
 

@@ -57,7 +57,7 @@ def build(given: dict[str, Any], config: Path | None, sets: list[str], as_json: 
     """Run teachers on all views of the training images now; `ekd distill` with the same options finds them."""
     from ensemble_kd.judges import build_targets
     from ensemble_kd.tables import text_table
-    from ensemble_kd.teachers.layout import readable
+    from ensemble_kd.files import readable
 
     made = build_targets(given.pop("teachers", None), config_file=config, sets=sets, **given)
     rows = [[row["teacher"], readable(row["bytes"]), row["folder"]] for row in made["teachers"]]
@@ -72,7 +72,7 @@ def ls(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
 
     def work() -> None:
         from ensemble_kd.tables import text_table
-        from ensemble_kd.teachers.layout import readable
+        from ensemble_kd.files import readable
         from ensemble_kd.teachers.store import targets_dir
         from ensemble_kd.teachers.stored import list_targets
 
@@ -146,7 +146,7 @@ def prune(
     """Remove kept targets, and what killed runs left over."""
 
     def work() -> None:
-        from ensemble_kd.teachers.layout import readable
+        from ensemble_kd.files import readable
         from ensemble_kd.teachers.stored import prune_targets
 
         done = prune_targets(keys or [], older_than, everything, dry_run)
