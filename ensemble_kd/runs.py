@@ -45,6 +45,7 @@ _OVERWRITTEN = (
     "trace.json",
     "controls",
     "analysis",
+    "report",
 )
 """What a run writes; anything else in its folder is the user's."""
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors")
