@@ -1,10 +1,10 @@
-"""How often models say the same, whether they are right or wrong."""
+"""How alike models answer: pair by pair, student to teachers beside controls, also where images get worse."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -13,185 +13,279 @@ import numpy as np
 from torch import Tensor
 
 from ensemble_kd import files
+from ensemble_kd.analysis.corruptions import STRENGTHS, UNITS, corrupted
+from ensemble_kd.analysis.dark import dark_knowledge
+from ensemble_kd.analysis.diversity import group_diversity, information
+from ensemble_kd.analysis.fidelity import (
+    Compared,
+    agreement_row,
+    by_class,
+    columns_of,
+    corrupted_verdict,
+    fidelity,
+)
 from ensemble_kd.analysis.options import AgreementOptions
-from ensemble_kd.analysis.plots import draw_heat_maps
-from ensemble_kd.analysis.subjects import chosen_options
-from ensemble_kd.data import load_data
-from ensemble_kd.device import choose_device
-from ensemble_kd.errors import ConfigError
-from ensemble_kd.evaluation import load_any
-from ensemble_kd.inference import predict
-from ensemble_kd.metrics import RESAMPLES, Measure
-from ensemble_kd.runs import RUNS, Run
-from ensemble_kd.tables import text_table
+from ensemble_kd.analysis.pairs import compare_pair, divergences, known, knows_as_much
+from ensemble_kd.analysis.plots_agreement import draw_agreement
+from ensemble_kd.analysis.resampling import measured, resampled, unknown
+from ensemble_kd.analysis.subjects import Subjects, chosen_options, run_of, subjects_of
+from ensemble_kd.analysis.tables_agreement import agreement_table
+from ensemble_kd.console import log, progress
+from ensemble_kd.data.dataset import Images
+from ensemble_kd.errors import DataError, ModelError, RunError, WeightsError
+from ensemble_kd.metrics import RESAMPLES
+from ensemble_kd.results import ENSEMBLE
+from ensemble_kd.runs import Run
+from ensemble_kd.teachers.ensemble import Teacher
+from ensemble_kd.teachers.layout import check_finite
+from ensemble_kd.weights import read_card
 
-CELLS = ("both_right", "only_first", "only_second", "both_wrong", "same_wrong")
+NOT_ASKED = "it was not asked for"
+PART_ONLY = "a model among them does not know all classes"
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Every pair of models on one split; `numbers` is what agreement.json holds."""
+    """All models side by side; `numbers` is what agreement.json holds."""
 
     folder: Path
     numbers: dict[str, Any]
 
     def table(self) -> str:
-        """One row a pair."""
-        headers = [
-            "",
-            "agreement",
-            "kappa",
-            "both right",
-            "only first",
-            "only second",
-            "both wrong",
-            "same wrong class",
-        ]
-        rows = [
-            [
-                f"{pair['first']} – {pair['second']}",
-                _interval(pair["agreement"], 100, " %"),
-                _interval(pair["kappa"], 1, ""),
-                *(f"{100 * pair['cells'][cell]['value']:.1f} %" for cell in CELLS),
-            ]
-            for pair in self.numbers["pairs"]
-        ]
-        title = (
-            f"{self.numbers['data']}, test split, {self.numbers['n']:,} images; 95 % intervals over images"
-        )
-        return text_table(headers, rows, title)
+        """How near the student came to its teachers; then every pair, the corruptions, and dark knowledge."""
+        return agreement_table(self.numbers)
+
+
+@dataclass(frozen=True)
+class _Clean:
+    """What the models say of the test images as they are."""
+
+    head: dict[str, Any]
+    logits: Mapping[str, Tensor]
+    labels: np.ndarray
 
 
 def analyze_agreement(
     run: str | Path | None = None,
     *,
     models: str | Sequence[str] | None = None,
+    teachers: Sequence[Teacher] = (),
     config_file: str | Path | None = None,
     sets: Sequence[str] = (),
     **options: Any,
 ) -> Agreement:
-    """Agreement, Cohen's kappa and the confusion cells of every pair of models, with intervals.
+    """How alike student, controls, teachers and ensemble are, or models by name, on the test split.
+
+    Of a run the stored predictions are read. Under corruption the models are run; where those of a run
+    are no longer there, that part is left out, and the numbers say why.
 
     Args:
         run: a run folder; the newest finished one where neither a run nor models are named.
-        models: instead of a run, models by name, run folder or file, judged on `data`.
+        models: instead of a run, models by name, run folder or file, judged on `data`. All are compared
+            with the first.
+        teachers: of a run that was given them as objects, the same objects.
         config_file: YAML with any of the options.
         sets: assignments such as `"seed=1"`.
-        options: the other fields of `schema.AgreementOptions`.
+        options: the other fields of `AgreementOptions`.
 
     Returns:
-        The numbers; agreement.json and agreement.png are written to the run's `analysis/` folder, or
-        to `out`.
+        The numbers, each with its interval: `fidelity` (see `fidelity.fidelity`), `pairs` (see
+        `pairs.compare_pair`; `kl` and `jsd`, see `pairs.divergences`), `groups` (see
+        `diversity.group_diversity`), `corruption` (see `under_corruption`), `by_class`, and `dark` (see
+        `dark.dark_knowledge`). agreement.json and pictures are written to the run's `analysis/` folder,
+        or to `out`.
 
     Raises:
-        RunError: the run is missing or did not finish.
-        ConfigError: both a run and models are named, or fewer than two models.
+        EkdError: run, models or data cannot be used.
     """
     chosen = chosen_options(AgreementOptions, run, models, options, config_file, sets)
     if chosen.models:
-        predictions, labels, source, data = _predict_all(chosen)
-        folder = chosen.out or RUNS / f"agreement-{datetime.now():%Y%m%d-%H%M%S}"
+        return agreement_of(subjects_of(chosen), chosen)
+    opened = run_of(chosen)
+    clean, folder = _stored(opened, chosen), chosen.out or opened.path("analysis")
+    return _analysis(clean, folder, _loaded(chosen, teachers), chosen)
+
+
+def agreement_of(subjects: Subjects, options: AgreementOptions) -> Agreement:
+    """`analyze_agreement` of models that are loaded already."""
+    if subjects.ensemble is not None:
+        clean = _stored(Run.open(Path(subjects.source)), options)
     else:
-        opened = Run.open(chosen.run) if chosen.run else Run.newest()
-        logits, true = opened.predictions()
-        order = [name for name in opened.metrics()["models"] if name in logits]
-        predictions = {name: logits[name].argmax(dim=1).numpy() for name in order}
-        labels, source, data = true.numpy(), str(opened.folder), opened.metrics()["data"]
-        folder = chosen.out or opened.folder / "analysis"
-    pairs = [
-        {
-            "first": first,
-            "second": second,
-            **compare_pair(predictions[first], predictions[second], labels, chosen.seed),
-        }
-        for first, second in combinations(predictions, 2)
-    ]
-    numbers = {"source": source, "data": data, "n": len(labels), "models": list(predictions), "pairs": pairs}
+        images = subjects.some(options.most_images, options.seed)
+        logits = subjects.logits(images)
+        for name, values in logits.items():
+            check_finite(name, values)
+        clean = _Clean(
+            subjects.head(images, **_settings(options)), _on_cpu(logits), images.known_labels.cpu().numpy()
+        )
+    return _analysis(clean, subjects.folder, subjects if options.corruptions else NOT_ASKED, options)
+
+
+def _loaded(options: AgreementOptions, teachers: Sequence[Teacher]) -> Subjects | str:
+    """The models of a run, or why they are not to be had: its predictions can be compared without them."""
+    if not options.corruptions:
+        return NOT_ASKED
+    try:
+        return subjects_of(options, teachers)
+    except (RunError, ModelError, DataError, WeightsError) as error:
+        if teachers:
+            raise
+        log.warning("agreement under corruption is left out: %s", error)
+        return f"{error.problems[0].what}: {error.problems[0].why}"
+
+
+def _settings(options: AgreementOptions) -> dict[str, Any]:
+    return {
+        "quick": options.quick,
+        "images": options.most_images,
+        "seed": options.seed,
+        "corruptions": options.corruptions,
+        "resamples": RESAMPLES,
+        "temperature": 1,
+    }
+
+
+def _stored(run: Run, options: AgreementOptions) -> _Clean:
+    """The predictions that a run has kept, of all its test images."""
+    metrics = run.metrics()
+    logits, labels = run.predictions()
+    roles = {name: row["role"] for name, row in metrics["models"].items() if name in logits}
+    head = {
+        "source": str(run.folder),
+        "data": metrics["data"],
+        "classes": list(read_card(run.path("student.safetensors")).classes),
+        "n": len(labels),
+        "roles": roles,
+        "settings": _settings(options),
+    }
+    return _Clean(head, {name: logits[name] for name in roles}, labels.numpy())
+
+
+def _on_cpu(logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: values.cpu() for name, values in logits.items()}
+
+
+def _analysis(clean: _Clean, folder: Path, subjects: Subjects | str, options: AgreementOptions) -> Agreement:
+    """All numbers and pictures; `subjects` are models to run on corrupted images, or why there are none."""
+    roles, classes = clean.head["roles"], clean.head["classes"]
+    compared, seed = Compared.of(roles), options.seed
+    answers = answers_of(clean.logits)
+    if "student" in roles.values():
+        nearness = fidelity(clean.logits, compared, seed)
+    else:
+        nearness = {"left_out": "models are compared, and none of them is a student"}
+    numbers = {
+        **clean.head,
+        "models": list(roles),
+        "reference": compared.reference,
+        "fidelity": nearness,
+        "pairs": all_pairs(clean.logits, clean.labels, seed),
+        "groups": all_groups(clean.logits, clean.labels, roles, seed),
+        "corruption": {"left_out": subjects}
+        if isinstance(subjects, str)
+        else under_corruption(subjects, compared, options),
+        "by_class": by_class(answers, clean.labels, classes, compared),
+        "dark": dark_knowledge(clean.logits, clean.labels, classes, compared, seed),
+    }
+    numbers["pictures"] = draw_agreement(numbers, folder)
     files.write_json(folder / "agreement.json", numbers)
-    matrices = {name: matrix(pairs, list(predictions), name) for name in ("agreement", "kappa")}
-    titles = {"agreement": "share of images with the same answer", "kappa": "Cohen's kappa"}
-    draw_heat_maps({titles[k]: v for k, v in matrices.items()}, list(predictions), folder / "agreement.png")
     return Agreement(folder, numbers)
 
 
-def _predict_all(chosen: AgreementOptions) -> tuple[dict[str, np.ndarray], np.ndarray, str, str]:
-    if chosen.run is not None or len(set(chosen.models)) < max(2, len(chosen.models)):
-        raise ConfigError(
-            "models: name two or more, each once, and no run beside them",
-            "pairs of models are compared",
-            "say --models a,b --data NAME, or a run folder alone",
-        )
-    data, device = load_data(**chosen.load_arguments()), choose_device(chosen.device)
-    test = data.test.to(device)
-    predictions = {}
-    for name in chosen.models:
-        classifier = load_any(name, data, device)
-        predictions[name] = predict(classifier, test).argmax(dim=1).cpu().numpy()
-    return predictions, data.test.known_labels.numpy(), ",".join(chosen.models), data.name
+def answers_of(logits: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """The most likely class (N,) by model, from logits (N, C)."""
+    return {name: values.argmax(dim=1).cpu().numpy() for name, values in logits.items()}
 
 
-def compare_pair(
-    first: np.ndarray | Tensor, second: np.ndarray | Tensor, labels: np.ndarray | Tensor, seed: int = 0
+def all_pairs(logits: Mapping[str, Tensor], labels: np.ndarray, seed: int = 0) -> list[dict[str, Any]]:
+    """Every pair of models: `compare_pair`, and `kl` in both directions and `jsd` (nats, temperature 1)."""
+    answers, pairs = answers_of(logits), list(combinations(logits, 2))
+    rows: list[dict[str, Any]] = []
+    columns: dict[tuple[int, str], np.ndarray] = {}
+    with progress("pairs", len(pairs)) as advance:
+        for place, (first, second) in enumerate(pairs):
+            found = compare_pair(answers[first], answers[second], labels, seed)
+            rows.append({"first": first, "second": second, **found})
+            per_sample = divergences(logits[first], logits[second])
+            columns |= {(place, key): values for key, values in per_sample.items()}
+            advance()
+    draws = resampled(columns, seed)
+    for place, row in enumerate(rows):
+        for key, one, other in (("first_second", "first", "second"), ("second_first", "second", "first")):
+            a, b = row[one], row[other]
+            can = knows_as_much(logits[b], logits[a])
+            row.setdefault("kl", {})[key] = (
+                measured(draws[place, key]) if can else unknown(f"{b} does not know all classes of {a}")
+            )
+        row["jsd"] = measured(draws[place, "jsd"])
+    return rows
+
+
+def all_groups(
+    logits: Mapping[str, Tensor], labels: np.ndarray, roles: Mapping[str, str], seed: int = 0
 ) -> dict[str, Any]:
-    """Agreement, kappa and confusion cells of two models' answers (N,), with bootstrap intervals.
-
-    Kappa is Cohen's (1960), from the table of both answers. Cells are shares of all samples;
-    `same_wrong` is the part of `both_wrong` in which both name the same wrong class.
+    """`teachers`, where there are several, and `all` models but the ensemble, each as a group.
 
     Returns:
-        `agreement` and `kappa` with value, low, high; `cells` with the same by cell. Kappa is NaN where
-        both models always give one and the same class.
+        By group `members`, the measures of `group_diversity`, and `mutual_information` (nats).
     """
-    a, b, y = (np.asarray(values) for values in (first, second, labels))
-    # A bootstrap over samples is a multinomial draw over the distinct (a, b, y) triples.
-    triples, counts = np.unique(np.stack([a, b, y], axis=1), axis=0, return_counts=True)
-    generator = np.random.default_rng(seed)
-    draws = np.vstack([counts, generator.multinomial(len(y), counts / len(y), size=RESAMPLES)])
-    a, b, y = triples.T
-    shares = {
-        "agreement": a == b,
-        "both_right": (a == y) & (b == y),
-        "only_first": (a == y) & (b != y),
-        "only_second": (a != y) & (b == y),
-        "both_wrong": (a != y) & (b != y),
-        "same_wrong": (a == b) & (a != y),
+    groups = {
+        "teachers": [name for name in roles if roles[name] == "teacher"],
+        "all": [name for name in roles if name != ENSEMBLE],
     }
-    measured = {name: _measure(draws @ mask / draws.sum(axis=1)) for name, mask in shares.items()}
+    answers, found = answers_of(logits), {}
+    for group, members in groups.items():
+        if len(members) < 2:
+            continue
+        right = np.stack([answers[name] == labels for name in members])
+        differ = unknown(PART_ONLY)
+        if all(bool(known(logits[name]).all()) for name in members):
+            values = information([logits[name].cpu().numpy() for name in members])
+            differ = measured(resampled({"": values}, seed)[""])
+        found[group] = {"members": members, **group_diversity(right, seed), "mutual_information": differ}
+    return found
+
+
+def under_corruption(subjects: Subjects, compared: Compared, options: AgreementOptions) -> dict[str, Any]:
+    """Accuracy of all models and agreement of student and controls with the teachers on corrupted images.
+
+    Returns:
+        `n` images; a `verdict`; `clean`, `kinds` and `overall`: rows as of `fidelity.agreement_row`. Each
+        kind has its `unit`, a row for each `strength`, and the mean over these; `overall` is the mean over
+        all kinds and strengths.
+    """
+    chosen, seed = subjects.some(options.most_images, options.seed), options.seed
+    images = Images(chosen.decoded, chosen.labels, chosen.ids)  # read once, where they are in files
+    labels = images.known_labels.cpu().numpy()
+    strengths = {kind: [all_of[1]] if options.quick else list(all_of) for kind, all_of in STRENGTHS.items()}
+    plan = [(kind, strength) for kind, own in strengths.items() for strength in own]
+    with progress("corruptions", len(plan) + 1) as advance:
+
+        def measure(made: Images) -> dict[tuple[str, ...], np.ndarray]:
+            columns = columns_of(answers_of(subjects.logits(made)), labels, compared)
+            advance()
+            return columns
+
+        clean = measure(images)
+        columns = {(k, s): measure(corrupted(images, k, s, seed)) for k, s in plan}
+    row = partial(agreement_row, compared=compared, seed=seed)
+    overall = row(_mean(list(columns.values())))
     return {
-        "agreement": measured.pop("agreement"),
-        "kappa": _measure(cohen_kappa(draws, a, b)),
-        "cells": measured,
+        "n": len(images),
+        "verdict": corrupted_verdict(overall, compared),
+        "clean": row(clean),
+        "kinds": {
+            kind: {
+                "unit": UNITS[kind],
+                "rows": [{"strength": s, **row(columns[kind, s])} for s in own],
+                "mean": row(_mean([columns[kind, s] for s in own])),
+            }
+            for kind, own in strengths.items()
+        },
+        "overall": overall,
     }
 
 
-def cohen_kappa(draws: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Cohen's kappa of each row of counts (R, U) over U pairs of answers; NaN where chance is certain."""
-    total = draws.sum(axis=1)
-    observed = draws @ (first == second) / total
-    chance = np.zeros(len(draws))
-    for label in np.union1d(first, second):
-        chance += (draws @ (first == label)) * (draws @ (second == label)) / total.astype(float) ** 2
-    certain = np.isclose(chance, 1)
-    return np.where(certain, np.nan, (observed - chance) / np.where(certain, 1, 1 - chance))
-
-
-def _measure(values: np.ndarray) -> Measure:
-    """The first value, with the percentiles of the others."""
-    resampled = values[1:][np.isfinite(values[1:])]
-    low, high = np.percentile(resampled, [2.5, 97.5]) if len(resampled) else (np.nan, np.nan)
-    return Measure(value=float(values[0]), low=float(low), high=float(high))
-
-
-def matrix(pairs: Sequence[Mapping[str, Any]], names: Sequence[str], measure: str) -> np.ndarray:
-    """A symmetric matrix of one measure over all pairs, 1 on the diagonal."""
-    square = np.eye(len(names))
-    for pair in pairs:
-        i, j = names.index(pair["first"]), names.index(pair["second"])
-        square[i, j] = square[j, i] = pair[measure]["value"]
-    return square
-
-
-def _interval(measure: Mapping[str, float], scale: float, unit: str) -> str:
-    value, low, high = (scale * measure[key] for key in ("value", "low", "high"))
-    digits = 1 if scale == 100 else 3
-    return f"{value:.{digits}f}{unit} [{low:.{digits}f}, {high:.{digits}f}]"
+def _mean(several: Sequence[Mapping[tuple[str, ...], np.ndarray]]) -> dict[tuple[str, ...], np.ndarray]:
+    """The mean over conditions for each sample, so that intervals stay those over images."""
+    return {key: np.mean([columns[key] for columns in several], axis=0) for key in several[0]}

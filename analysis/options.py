@@ -69,3 +69,6 @@ class ReportOptions(AnalysisOptions):
     run: None = None
     models: list[str] = Field([], max_length=0)
     runs: list[Path] = Field([], description="run folders, side by side; the newest where none is named")
+    out: Path | None = Field(
+        None, description="folder for page, numbers and missing analyses; default report/ in the run"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,13 +17,28 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _DPI = 110
+_MORE_SCRIPTS = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Noto Sans SC",
+    "Noto Sans JP",
+    "WenQuanYi Micro Hei",
+    "WenQuanYi Zen Hei",
+    "Droid Sans Fallback",
+    "Microsoft YaHei",
+    "PingFang SC",
+    "Hiragino Sans",
+    "Arial Unicode MS",
+)
+"""Fonts for names that the usual one cannot write, where one of them is installed."""
 
 
 @contextmanager
 def picture(path: Path, width: float, height: float, style: str = "white") -> Iterator[Figure]:
     """An empty figure of that size in inches, written as PNG to `path` at the end of the block.
 
-    A name such as x$\\frac$ stays text. No global state of matplotlib is touched.
+    A name such as x$\\frac$ stays text; a character that no font here can write becomes a box. No global
+    state of matplotlib is touched.
     """
     import matplotlib as mpl
     import seaborn as sns
@@ -31,11 +47,20 @@ def picture(path: Path, width: float, height: float, style: str = "white") -> It
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    with mpl.rc_context({**sns.axes_style(style), "text.parse_math": False}):
+    settings = {**sns.axes_style(style), "text.parse_math": False, "font.family": ["sans-serif", *_fonts()]}
+    with mpl.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
         yield figure
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=_DPI)
     files.write_bytes(path, buffer.getvalue())
+
+
+def _fonts() -> list[str]:
+    from matplotlib.font_manager import fontManager
+
+    installed = {font.name for font in fontManager.ttflist}
+    return [name for name in _MORE_SCRIPTS if name in installed]
 
 
 def draw_heat_maps(matrices: Mapping[str, np.ndarray], names: Sequence[str], path: Path) -> None:
@@ -64,6 +89,7 @@ def draw_heat_maps(matrices: Mapping[str, np.ndarray], names: Sequence[str], pat
 
 
 def shorten(name: str, length: int = 30) -> str:
-    """A name cut in the middle, so that its beginning and its end can still be told."""
+    """A name on one line, cut in the middle, so that its beginning and its end can still be told."""
+    name = "".join(character if character.isprintable() else "\ufffd" for character in name)
     half = (length - 1) // 2
     return name if len(name) <= length else f"{name[:half]}…{name[-half:]}"

@@ -63,7 +63,7 @@ class Subjects:
         """All single networks by name, in order: those above and the teachers."""
         return {**self.networks, **{teacher.label: teacher.classifier for teacher in self.teachers}}
 
-    def head(self, images: Images, **settings: Any) -> dict[str, Any]:
+    def head(self, images: Images, /, **settings: Any) -> dict[str, Any]:
         """What every file of numbers begins with: who is compared, on what, and the settings that shaped it."""
         return {
             "source": self.source,

@@ -26,6 +26,10 @@ _API = {
     "inspect_data": "ensemble_kd.data.inspect",
     "list_models": "ensemble_kd.teachers.catalogue",
     "analyze_agreement": "ensemble_kd.analysis.agreement",
+    "analyze_calibration": "ensemble_kd.analysis.calibration",
+    "analyze_features": "ensemble_kd.analysis.features",
+    "analyze_surface": "ensemble_kd.analysis.surface",
+    "report": "ensemble_kd.analysis.report",
     "analyze_teachers": "ensemble_kd.analysis.teachers",
     "build_targets": "ensemble_kd.judges",
     "list_targets": "ensemble_kd.teachers.stored",
@@ -37,6 +41,10 @@ __all__ = [*_API, "__version__"]
 
 if TYPE_CHECKING:  # the same names, for type checkers and editors
     from ensemble_kd.analysis.agreement import analyze_agreement as analyze_agreement
+    from ensemble_kd.analysis.calibration import analyze_calibration as analyze_calibration
+    from ensemble_kd.analysis.features import analyze_features as analyze_features
+    from ensemble_kd.analysis.report import report as report
+    from ensemble_kd.analysis.surface import analyze_surface as analyze_surface
     from ensemble_kd.analysis.teachers import analyze_teachers as analyze_teachers
     from ensemble_kd.data import load_data as load_data
     from ensemble_kd.data.inspect import inspect_data as inspect_data

@@ -57,12 +57,8 @@ class DataOptions(Options):
     data_root: Path | None = Field(
         None, description="where the files of a named source lie, or are downloaded to"
     )
-    split: Part = Field(
-        0.2, description="test part of an image folder without train/"
-    )
-    val_fraction: Part = Field(
-        0.1, description="part of the training images held out for validation"
-    )
+    split: Part = Field(0.2, description="test part of an image folder without train/")
+    val_fraction: Part = Field(0.1, description="part of the training images held out for validation")
     split_seed: Annotated[int, Field(ge=0, lt=1 << 32), Number] = Field(
         0, description="fixes which images those are"
     )

@@ -28,6 +28,12 @@ jaxtyping.install_import_hook(
         "ensemble_kd.data.crops",
         "ensemble_kd.data.trivial",
         "ensemble_kd.data.mixing",
+        "ensemble_kd.analysis.corruptions",
+        "ensemble_kd.analysis.dark",
+        "ensemble_kd.analysis.diversity",
+        "ensemble_kd.analysis.planes",
+        "ensemble_kd.analysis.cka",
+        "ensemble_kd.analysis.similarity",
     ],
     "beartype.beartype",
 )

@@ -54,7 +54,7 @@ def test_the_main_road_as_a_user_walks_it(tmp_path):
     agreement = shell("analyze-agreement", "--json", cwd=tmp_path)
     assert agreement.returncode == 0, agreement.stderr
     assert json.loads(agreement.stdout)["models"] == ["student", "labels", "lenet", "resnet8", "ensemble"]
-    assert (run / "analysis" / "agreement.png").is_file()
+    assert (run / "analysis" / "agreement-pairs.png").is_file()
 
     judged = shell("evaluate", run / "student.safetensors", "--data", "digits", "--json", cwd=tmp_path)
     row = json.loads(judged.stdout)["models"]["mine"]

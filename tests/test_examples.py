@@ -19,6 +19,7 @@ SHOWS = {
         "mean 0.",
     ],
     "own_images.py": ["teacher my_network", "control best-teacher", "student"],
+    "toy_surface.py": ["student says the same on the grid as teacher relu", "control on labels says"],
 }
 
 

@@ -5,7 +5,20 @@ from __future__ import annotations
 import typer
 
 from ensemble_kd import __version__
-from ensemble_kd.cli import agreement, data, distill, evaluate, models, targets, teachers, train
+from ensemble_kd.cli import (
+    agreement,
+    calibration,
+    data,
+    distill,
+    evaluate,
+    features,
+    models,
+    report,
+    surface,
+    targets,
+    teachers,
+    train,
+)
 
 app = typer.Typer(
     name="ekd",
@@ -37,7 +50,11 @@ app.command("resume")(distill.resume)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("analyze-agreement")(agreement.analyze_agreement)
+app.command("analyze-calibration")(calibration.analyze_calibration)
+app.command("analyze-features")(features.analyze_features)
+app.command("analyze-surface")(surface.analyze_surface)
 app.command("analyze-teachers")(teachers.analyze_teachers)
+app.command("report")(report.report)
 app.command("models")(models.models)
 app.command("data")(data.data)
 app.add_typer(targets.targets, name="targets")

@@ -86,6 +86,9 @@ def _parameter(
     if switch or field.annotation is bool:
         hint: Any = Annotated[bool, typer.Option(flag, help=text)]
         default: Any = False
+    elif positional and isinstance(field.default, list):
+        metavar = name.removesuffix("s").upper()
+        hint, default = Annotated[list[str] | None, typer.Argument(help=text, metavar=metavar)], None
     elif positional:
         hint, default = Annotated[str | None, typer.Argument(help=text, metavar=name.upper())], None
     elif _takes_several(field.default, name):

@@ -55,9 +55,9 @@ Keys = Annotated[list[str] | None, typer.Argument(metavar="[KEY]...", help="the 
 @verb(DistillOptions, _FLAGS, switches=NO_TRAIN)
 def build(given: dict[str, Any], config: Path | None, sets: list[str], as_json: bool) -> None:
     """Run teachers on all views of the training images now; `ekd distill` with the same options finds them."""
+    from ensemble_kd.files import readable
     from ensemble_kd.judges import build_targets
     from ensemble_kd.tables import text_table
-    from ensemble_kd.files import readable
 
     made = build_targets(given.pop("teachers", None), config_file=config, sets=sets, **given)
     rows = [[row["teacher"], readable(row["bytes"]), row["folder"]] for row in made["teachers"]]
@@ -71,8 +71,8 @@ def ls(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
     """List what is kept, the last used first."""
 
     def work() -> None:
-        from ensemble_kd.tables import text_table
         from ensemble_kd.files import readable
+        from ensemble_kd.tables import text_table
         from ensemble_kd.teachers.store import targets_dir
         from ensemble_kd.teachers.stored import list_targets
 
