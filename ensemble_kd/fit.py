@@ -51,8 +51,6 @@ def fit(
             `losses.UNLABELLED` below it.
         val: held-out samples, measured after each epoch; nothing is selected by them.
         seed: of the order of samples and of dropout.
-        description: of the progress bar.
-        engine: how steps are carried out.
         checkpoints: where it saves how far it is, and goes on from if there is one.
 
     Returns:
@@ -85,10 +83,9 @@ def fit(
             if not math.isfinite(validated["loss"]):
                 raise _not_finite(description, epoch, recipe)
             row = {"epoch": epoch + 1, "step": (epoch + 1) * loop.steps, **passed, "val": validated}
-            row |= {"lr": rate, "soft_weight": weight, "seconds": seconds}
-            row["images_per_second"] = loop.steps * loop.size / seconds
-            saving.history.append(row)
-            _tell(description, recipe.epochs, row, advance)
+            speed = {"seconds": seconds, "images_per_second": loop.steps * loop.size / seconds}
+            saving.history.append(row | {"lr": rate, "soft_weight": weight, **speed})
+            _tell(description, recipe.epochs, saving.history[-1], advance)
     model.eval()
     return saving.history
 

@@ -270,7 +270,7 @@ class Loop:
                 "try a lower --lr, or --set training.clip_norm=1",
             )
         sums = {f"sums.{name}": total.clone() for name, total in self._sums.items()}
-        for name, total in sums.items():
+        for name, total in sorted(sums.items()):  # in the same order in all processes
             (distributed.greatest if name == "sums.off" else distributed.add_up)(total)
         plain = {"epoch": epoch, "done": done, "steps": self.stepper.steps, "weight": self._weight, **state}
         return Snapshot(model, moments | sums, random_state(self.train.ids.device), plain)
@@ -324,7 +324,7 @@ class Loop:
         return terms
 
     def _means(self, epoch: int) -> dict[str, float]:
-        for name, total in self._sums.items():
+        for name, total in sorted(self._sums.items()):
             (distributed.greatest if name == "off" else distributed.add_up)(total)
         sums = {name: float(total) for name, total in self._sums.items() if name != "weights"}
         off = sums.pop("off", 0.0)

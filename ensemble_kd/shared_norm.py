@@ -57,10 +57,11 @@ def shared_batch_norm(
         return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
     axes = [axis for axis in range(x.ndim) if axis != 1]
     shape = [1, -1] + [1] * (x.ndim - 2)
-    count = x.new_tensor(x.numel() / x.shape[1], dtype=torch.float32)
-    sums = _Sum.apply(torch.cat([x.float().sum(dim=axes), count[None]]))
+    wide = x if x.dtype == torch.float64 else x.float()
+    count = wide.new_tensor([x.numel() / x.shape[1]])
+    sums = _Sum.apply(torch.cat([wide.sum(dim=axes), count]))
     mean = sums[:-1] / sums[-1]
-    apart = x.float() - mean.view(shape)
+    apart = wide - mean.view(shape)
     variance = _Sum.apply(apart.square().sum(dim=axes)) / sums[-1]
     if running_mean is not None and running_var is not None:
         with torch.no_grad():

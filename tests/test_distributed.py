@@ -1,0 +1,162 @@
+"""Two and three processes on the CPU against one: the same samples, numbers and files; deaths and restarts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
+
+
+def environment(cache: Path) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "EKD_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+
+
+def launched(count: int, *arguments: str) -> list[str]:
+    return [sys.executable, *arguments] if count == 1 else [*TORCHRUN, str(count), *arguments]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    """What 1, 2 and then 3 processes found; each goes on with a training that the one before left."""
+    folder, results = tmp_path_factory.mktemp("distributed"), {}
+    for count in (1, 2, 3):
+        path = folder / f"{count}.json"
+        command = launched(count, "tests/distributed_work.py", str(path), str(folder / "checkpoints"))
+        ran = subprocess.run(
+            command,
+            env=environment(folder / f"cache-{count}"),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+        assert ran.returncode == 0, ran.stderr
+        results[count] = json.loads(path.read_text())
+    return results
+
+
+def losses(history: list[dict[str, Any]]) -> np.ndarray:
+    return np.array([(row["train"]["loss"], row["val"]["loss"]) for row in history])
+
+
+@pytest.mark.parametrize("count", [2, 3])
+class TestAgainstOneProcess:
+    def test_batch_norm_is_that_of_the_whole_batch(self, found, count):
+        assert found[count]["batch_norm"] < 1e-12
+
+    def test_every_step_sees_the_same_images_in_the_same_order(self, found, count):
+        assert found[count]["ids"] == found[1]["ids"]
+
+    @pytest.mark.parametrize("kind", ["history", "with_norm"])
+    def test_losses_agree_to_a_millionth(self, found, count, kind):
+        np.testing.assert_allclose(losses(found[count][kind]), losses(found[1][kind]), rtol=0, atol=1e-6)
+        for one, other in zip(found[count][kind], found[1][kind], strict=True):
+            assert one["train"]["accuracy"] == pytest.approx(other["train"]["accuracy"], abs=1e-9)
+
+    def test_answers_are_gathered_in_order(self, found, count):
+        np.testing.assert_allclose(found[count]["logits"], found[1]["logits"], rtol=0, atol=1e-5)
+        assert found[count]["few"] == 2
+
+    def test_a_training_goes_on_with_another_number_of_processes(self, found, count):
+        assert found[count]["went_on_from"] == {2: 10, 3: 36}[count]
+        np.testing.assert_allclose(
+            losses(found[count]["resumed"]), losses(found[1]["history"]), rtol=0, atol=1e-6
+        )
+
+    def test_a_loss_of_one_process_stops_all(self, found, count):
+        assert found[count]["bad"] == "training: the loss is not finite in epoch 1, step 7 of 12"
+
+
+FLAGS = [
+    "--teachers", "lenet#7", "--student", "lenet", "--epochs", "3", "--teacher-epochs", "1", "--limit-train", "300",
+    "--augment", "crop", "--views", "2",
+]  # fmt: skip
+
+
+def test_the_command_line_under_torchrun(tmp_path):
+    runs = {}
+    for count in (1, 2):
+        out = tmp_path / f"run-{count}"
+        command = launched(count, "-m", "ensemble_kd", "distill", *FLAGS, "--json", "--out", str(out))
+        ran = subprocess.run(
+            command,
+            env=environment(tmp_path / f"cache-{count}"),
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert ran.returncode == 0, ran.stderr
+        assert "Traceback" not in ran.stderr
+        runs[count] = json.loads(ran.stdout)  # one process speaks
+        assert sorted(p.name for p in out.iterdir()) == [
+            "config.yaml", "controls", "curves.png", "history.jsonl", "manifest.json", "metrics.json",
+            "predictions.safetensors", "status.json", "student.safetensors", "train.log",
+        ]  # fmt: skip
+        stores = list((tmp_path / f"cache-{count}" / "targets").glob("*/store.json"))
+        assert max(json.loads(store.read_text())["views"] for store in stores) == 2
+    for name, row in runs[1]["models"].items():
+        for measure in ("accuracy", "nll", "agreement"):
+            assert runs[2]["models"][name][measure]["value"] == pytest.approx(row[measure]["value"], abs=1e-3)
+
+
+def test_a_message_is_said_once_under_torchrun(tmp_path):
+    command = launched(
+        2, "-m", "ensemble_kd", "distill", *FLAGS, "--loss", "nothing", "--out", str(tmp_path / "run")
+    )
+    ran = subprocess.run(command, env=environment(tmp_path), cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode != 0
+    assert ran.stderr.count("fix: name one of these") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_process_that_dies_ends_all_and_the_run_goes_on(restarts, tmp_path):
+    out, where = tmp_path / "run", environment(tmp_path / "cache")
+    flags = [*FLAGS[:5], "40", *FLAGS[6:], "--controls", "none", "--out", str(out)]
+    command = [*TORCHRUN, "2", "--max-restarts", str(restarts), "-m", "ensemble_kd", "distill", *flags]
+    process = subprocess.Popen(command, env=where, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "student  epoch 2" in line:
+            break
+    os.kill(newest_worker(process.pid), signal.SIGKILL)
+    _, rest = process.communicate(timeout=200)
+    if restarts:
+        assert process.returncode == 0, rest
+    else:
+        assert process.returncode != 0
+        assert json.loads((out / "status.json").read_text())["state"] == "stopped"
+        ran = subprocess.run(
+            launched(2, "-m", "ensemble_kd", "resume", str(out)),
+            env=where,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert ran.returncode == 0, ran.stderr
+    rows = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == list(range(1, 41))
+
+
+def newest_worker(parent: int) -> int:
+    """The last of the processes that torchrun started."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        workers = [
+            int(pid) for pid in children if b"ensemble_kd" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        if workers:
+            return max(workers)
+        time.sleep(0.05)
+    raise AssertionError("torchrun has no workers")
