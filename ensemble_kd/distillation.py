@@ -95,6 +95,8 @@ def go_on(run: Run) -> DistillResult:
 
 
 def _distill(options: DistillOptions, objects: Objects) -> DistillResult:
+    if distributed.restarted() and options.out and (options.out / "status.json").is_file() and not objects:
+        return go_on(Run.open(options.out).locked())
     watch = Stopwatch()
     setting, names = prepare(options, objects)
     resolved = config.to_yaml(

@@ -33,6 +33,11 @@ def speaks() -> bool:
     return int(os.environ.get("RANK", "0")) == 0 or not started_by_torchrun()
 
 
+def restarted() -> bool:
+    """Whether torchrun started these processes again after one of them died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
 @contextmanager
 def joined(device: str = "auto") -> Iterator[None]:
     """While entered, the processes that torchrun started are one group.
