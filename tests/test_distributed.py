@@ -88,7 +88,8 @@ FLAGS = [
 
 def test_a_process_that_dies_is_started_again_and_the_run_is_that_of_one_process(tmp_path, own_cache):
     alone = distill(
-        "lenet#7", "lenet", epochs=20, teacher_epochs=1, limit_train=300, augment="crop", views=2, controls="none"
+        "lenet#7", "lenet", epochs=20, teacher_epochs=1, limit_train=300, augment="crop", views=2, controls="none",
+        out=tmp_path / "alone",
     )  # fmt: skip
     out, where = tmp_path / "run", environment(tmp_path / "cache")
     command = [
