@@ -44,19 +44,28 @@ class Preprocess:
 
 
 def _convert_channels(x: Tensor, channels: int) -> Tensor:
+    check_channels(x.shape[1], channels)
     if x.shape[1] == channels:
         return x
     if x.shape[1] == 1:
         return x.expand(-1, channels, -1, -1)
-    if channels == 1 and x.shape[1] == 3:
-        from torchvision.transforms.v2.functional import rgb_to_grayscale
+    from torchvision.transforms.v2.functional import rgb_to_grayscale
 
-        return rgb_to_grayscale(x)
-    raise ModelError(
-        f"images with {x.shape[1]} channels, for a network that takes {channels}",
-        "only grey ↔ RGB can be converted",
-        "use a network that takes these images, or convert them first",
-    )
+    return rgb_to_grayscale(x)
+
+
+def check_channels(given: int, taken: int) -> None:
+    """Refuse images with `given` channels for a network that takes others.
+
+    Raises:
+        ModelError: they cannot be converted.
+    """
+    if given not in (1, taken) and (given, taken) != (3, 1):
+        raise ModelError(
+            f"images with {given} channels, for a network that takes {taken}",
+            "only grey ↔ RGB can be converted",
+            "use a network that takes these images, or convert them first",
+        )
 
 
 def fit_channels(values: Iterable[float], channels: int) -> tuple[float, ...]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from ensemble_kd.errors import ConfigError, Problem, listing, nearest
+from ensemble_kd.errors import ConfigError, Problem, listing, nearest, shortened
 from ensemble_kd.fields import Options
 
 M = TypeVar("M", bound=Options)
@@ -42,9 +42,10 @@ def resolve(
             problems.append(Problem(f"--set {assignment} assigns nothing", "", "say --set a.b=value"))
             continue
         try:
-            value = yaml.safe_load(text) if text.strip() else None
-        except yaml.YAMLError:
-            problems.append(Problem(f"--set {assignment} cannot be read", "the value is no YAML", "quote it"))
+            value = yaml.load(text, Loader=_Values) if text.strip() else None  # noqa: S506
+        except _UNREADABLE as error:
+            what = f"--set {shortened(assignment)} cannot be read"
+            problems.append(Problem(what, _why_unread(error), "quote it"))
             continue
         _assign(values, SHORT.get(key.strip(), key.strip()), value)
     for key, value in given.items():
@@ -105,18 +106,49 @@ def _translate(model: type[Options], detail: Mapping[str, Any]) -> Problem:
         )
     if kind == "missing":
         return Problem(f"{key} is missing", "it has no default", f"name it, or say --set {key}=…")
+    shown = shortened(repr(value))
     if kind == "dict_type":
         flag = f"--{key.replace('_', '-')}"
-        return Problem(
-            f"{key}: {value!r} names no teacher", "it is given by teacher", f"say {flag} NAME={value}"
-        )
-    why = str(detail["msg"]).replace("Input should be", "it should be")
+        fix = f"say {flag} NAME={shortened(str(value))}"
+        return Problem(f"{key}: {shown} names no teacher", "it is given by teacher", fix)
+    why, fix = _WANTED.get(kind, (str(detail["msg"]).replace("Input should be", "it should be"), ""))
     if kind == "literal_error":
         expected = re.findall(r"'([^']*)'", str(detail.get("ctx", {}).get("expected", "")))
-        return Problem(
-            f"{key}: {value!r} cannot be used", why, nearest(str(value), expected) or "name one of these"
-        )
-    return Problem(f"{key}: {value!r} cannot be used", why, _mend(key, kind))
+        fix = nearest(str(value), expected) or "name one of these"
+    if kind == "int_parsing" and (digits := _in_digits(value)):
+        why, fix = f"it should be a whole number, and {value} is a text in YAML", f"write {digits}"
+    return Problem(f"{key}: {shown} cannot be used", why, fix or _mend(key, kind))
+
+
+_WHOLE = ("it should be a whole number", "write it in digits, such as 10")
+_NUMBER = ("it should be a number", "write one, such as 0.1")
+_TRUTH = ("it should be a truth value", "write true or false")
+_TEXT = ("it should be a text", "put it in quotes")
+_WANTED = {
+    "int_parsing": _WHOLE,
+    "int_type": _WHOLE,
+    "int_from_float": _WHOLE,
+    "int_parsing_size": _WHOLE,
+    "float_parsing": _NUMBER,
+    "float_type": _NUMBER,
+    "truth": ("it should be a number, not a truth value", "write a number"),
+    "bool_parsing": _TRUTH,
+    "bool_type": _TRUTH,
+    "string_type": _TEXT,
+    "path_type": _TEXT,
+    "list_type": ("it should be a list", "write [a, b], or none"),
+    "model_type": ("it should be a table of options", "write it with a dot, such as training.epochs"),
+}
+"""What values should be, and what to write, by pydantic's names of errors."""
+
+
+def _in_digits(value: object) -> str:
+    """A whole number such as 1e3 in digits; an empty string where it is none, or a long one."""
+    try:
+        number = float(str(value))
+    except ValueError:
+        return ""
+    return str(int(number)) if number.is_integer() and abs(number) < 1e15 else ""
 
 
 def _mend(key: str, kind: str) -> str:
@@ -141,8 +173,15 @@ def _keys(model: type[Options], prefix: str = "") -> list[str]:
     return keys
 
 
-class _UniqueKeys:
-    """Refuses a key that is given twice, and one that is no plain value."""
+class _Plain:
+    """Refuses a key that is given twice or is no plain value, and aliases, which can stand for endless tables."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):  # type: ignore[attr-defined]
+            event = self.peek_event()  # type: ignore[attr-defined]
+            why = f"the alias *{event.anchor} stands there, and values are written out"
+            raise yaml.composer.ComposerError(None, None, why, event.start_mark)
+        return super().compose_node(parent, index)  # type: ignore[misc]
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[attr-defined]
@@ -155,12 +194,45 @@ class _UniqueKeys:
         return super().construct_mapping(node, deep)  # type: ignore[misc]
 
 
-class _Values(_UniqueKeys, yaml.SafeLoader):
-    """Numbers, truth values and texts; no tag in a file can make Python objects."""
+class _Values(_Plain, yaml.SafeLoader):
+    """Numbers, true, false, null and texts; no tag in a file can make Python objects.
+
+    `no`, `010`, `1:30` and dates are texts, where YAML 1.1 has False, 8, 90 and dates. What PyYAML writes
+    without quotes is read as what it was.
+    """
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 (PyYAML's own attribute)
 
 
-class _Texts(_UniqueKeys, yaml.BaseLoader):
+_EXPONENT = r"([eE][-+][0-9]+)?"
+_SCALARS = {
+    "bool": ("true|True|TRUE|false|False|FALSE", "tTfF"),
+    "null": ("~|null|Null|NULL|", ("~", "n", "N", "")),
+    "int": ("[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)", "-+0123456789"),
+    "float": (
+        rf"[-+]?[0-9][0-9_]*\.[0-9_]*{_EXPONENT}|\.[0-9][0-9_]*{_EXPONENT}|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+}
+"""What is no text, and how it begins."""
+for _kind, (_form, _first) in _SCALARS.items():
+    _Values.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_form})$"), list(_first))
+
+
+class _Texts(_Plain, yaml.BaseLoader):
     """Texts alone: `no` is a name, and so is `010`."""
+
+
+_UNREADABLE = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
+"""What PyYAML raises; all but the first for a value that its tag does not fit, and for endless brackets."""
+
+
+def _why_unread(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if not isinstance(error, yaml.YAMLError):
+        return "it holds a value that cannot be read"
+    return getattr(error, "problem", None) or str(error).splitlines()[0]
 
 
 def read_yaml(path: Path, option: str = "--config") -> dict[str, Any]:
@@ -190,11 +262,10 @@ def _read(path: Path, option: str, loader: type[_Values] | type[_Texts]) -> dict
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"cannot read {path}", "it is no text", f"check the path of {option}") from error
-    except yaml.YAMLError as error:
+    except _UNREADABLE as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        why = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"cannot read {path}{where}", why, "mend that line") from error
+        raise ConfigError(f"cannot read {path}{where}", _why_unread(error), "mend that line") from error
     if not isinstance(loaded, dict):
         raise ConfigError(
             f"{path} holds no table",

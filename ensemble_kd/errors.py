@@ -95,6 +95,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in text)
 
 
+def shortened(text: str, most: int = 200) -> str:
+    """The beginning of a text that is longer than `most` characters."""
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The known name most like `name`, as `did you mean 'x'?`, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,9 @@ def load_any(name: str, data: Dataset, device: torch.device) -> Classifier:
     if path.exists() or (name.endswith(".safetensors") and "@" not in name):
         if path.is_dir() and not any(path.glob("*.safetensors")):
             raise RunError(
-                f"{name} holds no finished network", "the run did not finish", f"go on: ekd resume {name}"
+                f"{name} holds no finished network",
+                "the run did not finish",
+                f"go on: ekd resume {shlex.quote(name)}",
             )
         return for_data(load_student(name, device), data, label_of(name))
     return for_data(load_teacher(name, data, train=False, device=device).classifier, data, label_of(name))

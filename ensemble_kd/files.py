@@ -174,7 +174,10 @@ def read_json(path: Path) -> Any:
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects in a file of JSON lines."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def sha256_file(path: Path) -> str:

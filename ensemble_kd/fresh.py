@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ensemble_kd import pretrained
-from ensemble_kd.classifier import Card, Classifier, Preprocess, fit_channels
+from ensemble_kd.classifier import Card, Classifier, Preprocess, check_channels, fit_channels
 from ensemble_kd.console import log
 from ensemble_kd.data.dataset import Dataset
 from ensemble_kd.errors import ModelError, listing
@@ -191,7 +191,12 @@ def for_data(classifier: Classifier, data: Dataset, label: str) -> Classifier:
 
 
 def say_conversion(takes: int, data: Dataset, label: str) -> None:
-    """Log that a network which `takes` so many channels sees converted images."""
+    """Log that a network which `takes` so many channels sees converted images.
+
+    Raises:
+        ModelError: they cannot be converted.
+    """
+    check_channels(data.channels, takes)
     if takes != data.channels:
         log.info("%s takes %s: the %s images are converted", label, _colour(takes), _colour(data.channels))
 

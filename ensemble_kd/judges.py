@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ensemble_kd import config
-from ensemble_kd.errors import ConfigError
+from ensemble_kd.console import log
+from ensemble_kd.errors import ConfigError, Problem
+from ensemble_kd.metrics import within
 from ensemble_kd.models import ModelName
 from ensemble_kd.schema import DistillOptions
 from ensemble_kd.setting import Objects, Setting, prepare, running_of, teacher_of
@@ -48,10 +51,19 @@ class Judges:
 
 def teachers_of(names: Sequence[ModelName | None], setting: Setting) -> list[Teacher]:
     """The teachers by their names, and where there is none, as they were given."""
-    return [
+    teachers = [
         setting.given[label] if name is None else _teacher(name, setting)
         for label, name in zip(setting.options.teachers, names, strict=True)
     ]
+    own, largest = setting.start.parameter_count, max(t.classifier.parameter_count for t in teachers)
+    if own > largest:
+        problem = Problem(
+            f"the student has {own:,} parameters, and no teacher has more than {largest:,}",
+            "distilling is meant to make a smaller model of larger ones",
+            "choose a smaller student: ekd models",
+        )
+        log.warning("%s", problem)
+    return teachers
 
 
 def of_other_seeds(names: Sequence[ModelName | None], setting: Setting) -> list[Teacher]:
@@ -83,7 +95,24 @@ def combined(teachers: Sequence[Teacher], setting: Setting) -> Judges:
     )
     if "best-teacher" in options.controls:
         best_alone(ensemble, logits, val.known_labels)  # refuses here what would fail after the student
+    for teacher, mask, values in zip(teachers, ensemble.known_mask, logits, strict=True):
+        _warn_of_chance(teacher.label, *within(mask.to(values.device), values, val.known_labels))
     return Judges(ensemble, logits)
+
+
+def _warn_of_chance(label: str, logits: Tensor, labels: Tensor) -> None:
+    """Of a teacher that is not two standard errors better than one that always says the commonest class."""
+    if not len(labels):
+        return
+    right = float((logits.argmax(dim=1) == labels).double().mean())
+    chance = float(labels.bincount().max()) / len(labels)
+    if right <= chance + 2 * math.sqrt(chance * (1 - chance) / len(labels)):
+        problem = Problem(
+            f"teacher {label!r} is right on {100 * right:.1f} % of {len(labels)} validation images",
+            f"always saying the commonest class would be right on {100 * chance:.1f} %",
+            "train it longer, check its classes and its input, or leave it out",
+        )
+        log.warning("%s", problem)
 
 
 def build_targets(

@@ -26,8 +26,8 @@ def label_of(text: str) -> str:
 
 
 def split_seed(text: str) -> tuple[str, str, str]:
-    """`resnet18#1` to its name, `#` and `1`; without a seed the last two are empty."""
-    match = re.fullmatch(r"(.+)#(\d+)", text.strip())
+    """`resnet18#1` to its name, `#` and `1`; without a seed of 64 bits the last two are empty."""
+    match = re.fullmatch(r"(.+)#([0-9]{1,18})", text.strip())
     return (match[1], "#", match[2]) if match else (text.strip(), "", "")
 
 

@@ -110,11 +110,21 @@ def load(
     except ModelError:
         raise
     except Exception as error:  # the loaders raise whatever their network libraries raise
-        raise ModelError(
-            f"the weights of {name.label!r} could not be fetched",
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}",
-            "check the network, or leave the weights out and it is trained from scratch",
-        ) from error
+        raise _not_fetched(name, error) from error
+
+
+def _not_fetched(name: ModelName, error: Exception) -> ModelError:
+    if name.library == "hf-hub" and isinstance(error, KeyError) and error.args == ("architecture",):
+        return ModelError(
+            f"{name.canonical} names no architecture",
+            "its config.json has no `architecture`, so nothing says which network its weights belong to",
+            "fetch its file of weights, and name the architecture before it: resnet18@FILE.safetensors",
+        )
+    return ModelError(
+        f"the weights of {name.label!r} could not be fetched",
+        f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}",
+        "check the network, or leave the weights out and it is trained from scratch",
+    )
 
 
 def _load_timm(name: ModelName, num_classes: int | None, channels: int, size: int | None) -> Pretrained:

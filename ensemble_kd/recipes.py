@@ -63,10 +63,19 @@ def _complete(
         recipe = replace(recipe, lr=recipe.lr / 10, init="default")
     given = {key: value for key, value in overrides.items() if value is not None}
     recipe = replace(recipe, **given)
-    if recipe.batch_size > train_size:
+    check_batch(recipe.batch_size, train_size)
+    return recipe
+
+
+def check_batch(size: int | None, train_size: int) -> None:
+    """Refuse a batch of more images than there are.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if size is not None and size > train_size:
         raise ConfigError(
-            f"batch_size: {recipe.batch_size} is more than the {train_size} training images",
+            f"batch_size: {size} is more than the {train_size} training images",
             "an epoch would have no step",
             f"say --batch-size {min(32, train_size)}",
         )
-    return recipe

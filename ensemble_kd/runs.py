@@ -6,17 +6,19 @@ import itertools
 import os
 import platform
 import re
+import shlex
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import safetensors
 import safetensors.torch
 import torch
 import yaml
@@ -87,6 +89,8 @@ class Run:
             files.write_json(run.path("status.json"), status)
         except OSError as error:
             run.unlock()
+            if error.errno in files.FULL:
+                raise
             raise RunError(
                 f"cannot write to {folder}", str(error.strerror), "name another folder: --out PATH"
             ) from error
@@ -137,7 +141,7 @@ class Run:
             return
         status = self.status() if known else {}
         if known and status["state"] != "finished" and status["verb"] != OBJECTS:
-            fix = f"go on with it: ekd resume {self.folder}   (or replace it: --overwrite)"
+            fix = f"go on with it: {self._resume}   (or replace it: --overwrite)"
         elif known:
             fix = "replace it with --overwrite, or name another folder: --out PATH"
         else:
@@ -177,13 +181,39 @@ class Run:
             )
         return cls.open(max(finished, key=lambda path: path.stat().st_mtime).parent)
 
+    @property
+    def _resume(self) -> str:
+        """The command that goes on with it."""
+        return f"ekd resume {shlex.quote(str(self.folder))}"
+
     def path(self, name: str) -> Path:
         """A file in the folder."""
         return self.folder / name
 
     def status(self) -> dict[str, Any]:
-        """`verb`, `state`, and the `networks` that are finished, by name, with file and hash."""
-        return files.read_json(self.path("status.json"))
+        """`verb`, `state`, and the `networks` that are finished, by name, with file and hash.
+
+        Raises:
+            RunError: it cannot be read.
+        """
+        return self._read("status.json", "verb", "state", "networks")
+
+    def _read(self, name: str, *keys: str) -> dict[str, Any]:
+        """A table of the run, with at least these keys."""
+        try:
+            values = files.read_json(self.path(name))
+        except (OSError, ValueError) as error:
+            raise self._damaged(name, error) from error
+        if not isinstance(values, dict) or not values.keys() >= set(keys):
+            raise self._damaged(name, f"it should be a table with {', '.join(keys) or 'names'}")
+        return values
+
+    def _damaged(self, name: str, why: object) -> RunError:
+        return RunError(
+            f"cannot read {self.path(name)}",
+            str(why),
+            f"bring it back, or make the run again: --config {self.path('config.yaml')} --out PATH",
+        )
 
     def set_state(self, state: str) -> None:
         """Note whether the run is running, stopped or finished."""
@@ -202,9 +232,10 @@ class Run:
                 try:
                     yield
                 except BaseException as error:
-                    self.set_state("stopped")
+                    with suppress(OSError):  # a full disk is no reason to hide the error
+                        self.set_state("stopped")
                     if isinstance(error, KeyboardInterrupt) and self.status()["verb"] != OBJECTS:
-                        log.warning("go on with it: ekd resume %s", self.folder)
+                        log.warning("go on with it: %s", self._resume)
                     raise
             self.set_state("finished")
         finally:
@@ -268,7 +299,10 @@ class Run:
     def history(self) -> list[dict[str, Any]]:
         """All rows of history.jsonl, of finished networks."""
         path = self.path("history.jsonl")
-        return files.read_json_lines(path) if path.is_file() else []
+        try:
+            return files.read_json_lines(path) if path.is_file() else []
+        except (OSError, ValueError) as error:
+            raise self._damaged("history.jsonl", error) from error
 
     def metrics(self) -> dict[str, Any]:
         """metrics.json of a finished run.
@@ -278,13 +312,13 @@ class Run:
         """
         if not self.path("metrics.json").is_file():
             raise RunError(
-                f"{self.folder} did not finish", "it has no metrics.json", f"go on: ekd resume {self.folder}"
+                f"{self.folder} did not finish", "it has no metrics.json", f"go on: {self._resume}"
             )
-        return files.read_json(self.path("metrics.json"))
+        return self._read("metrics.json", "models")
 
     def manifest(self) -> dict[str, Any]:
         """manifest.json of a finished run."""
-        return files.read_json(self.path("manifest.json"))
+        return self._read("manifest.json")
 
     def keep_predictions(self, logits: dict[str, Tensor], labels: Tensor) -> None:
         """Save test logits (N, C) by model, and the labels, for the analyses."""
@@ -307,8 +341,11 @@ class Run:
                 "only `ekd distill` keeps them",
                 "name a run of `ekd distill`",
             )
-        tensors = safetensors.torch.load(path.read_bytes())
-        labels = tensors.pop("labels")
+        try:
+            tensors = safetensors.torch.load(path.read_bytes())
+            labels = tensors.pop("labels")
+        except (OSError, KeyError, safetensors.SafetensorError) as error:
+            raise self._damaged("predictions.safetensors", error) from error
         return {name.removeprefix("logits/"): values for name, values in tensors.items()}, labels
 
 

@@ -74,9 +74,9 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
     title = f"{metrics['data']}, {metrics['split']} split, {metrics['n']:,} images"
     parts = [text_table(headers, rows, title)]
     if "times_smaller" in metrics:
-        parts.append(
-            f"The student is {_ratio(metrics['times_smaller'])} times smaller than the teachers together."
-        )
+        times = metrics["times_smaller"]
+        sizes = f"{_ratio(times)} times smaller" if times >= 1 else f"{_ratio(1 / times)} times larger"
+        parts.append(f"The student is {sizes} than the teachers together.")
         parts.append(verdict(metrics["differences"]))
     parts += _training_lines(metrics.get("training", {}))
     if "combination" in metrics:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ensemble_kd.curves import draw_curves
 from ensemble_kd.data import load_data
 from ensemble_kd.data.dataset import Dataset
 from ensemble_kd.device import choose_device
-from ensemble_kd.errors import ConfigError
+from ensemble_kd.errors import ConfigError, together
 from ensemble_kd.fit import train_on_labels
 from ensemble_kd.fresh import new_classifier
 from ensemble_kd.inference import predict
@@ -27,7 +28,7 @@ from ensemble_kd.runs import Run, Stopwatch, flat, surroundings
 from ensemble_kd.schema import TrainOptions
 from ensemble_kd.setting import engine_of
 from ensemble_kd.teachers.library import history_of, recipe_of
-from ensemble_kd.teachers.registry import can_be_trained, load_teacher
+from ensemble_kd.teachers.registry import can_be_trained, check_teacher, load_teacher
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def train(
     file = Path(config_file) if config_file else None
     chosen = config.resolve(TrainOptions, {**options, "model": model}, file=file, sets=sets)
     data = load_data(**chosen.load_arguments())
+    _check(chosen, data)
     policy = data.augment if chosen.augment == "auto" else chosen.augment
     run = Run.create(
         "train",
@@ -74,6 +76,22 @@ def train(
     log.info("run folder %s", run.folder)
     with run.working():
         return _finish(run, chosen, data, policy)
+
+
+def _check(chosen: TrainOptions, data: Dataset) -> None:
+    """What can be wrong, as far as it can be told before anything is written."""
+    name = parse(chosen.model)
+    if chosen.role == "teacher" and not can_be_trained(name):
+        raise ConfigError(
+            f"model: {chosen.model!r} is trained already",
+            "a file or a run brings its own weights",
+            "name an architecture, or train on from the file with --role control",
+        )
+    together(
+        partial(choose_device, chosen.device),
+        partial(check_teacher, name, data, size=chosen.size, stem=chosen.stem, offline=chosen.offline),
+        partial(recipes.check_batch, chosen.training.batch_size, len(data.train)),
+    )
 
 
 def go_on(run: Run) -> TrainResult:
@@ -125,12 +143,6 @@ def _train(
         "size": chosen.size, "stem": chosen.stem, "seed": chosen.seed, "offline": chosen.offline,
     }  # fmt: skip
     if chosen.role == "teacher":
-        if not can_be_trained(name):
-            raise ConfigError(
-                f"model: {chosen.model!r} is trained already",
-                "a file or a run brings its own weights",
-                "name an architecture, or train on from the file with --role control",
-            )
         teacher = load_teacher(
             name, data, **common, augment=policy, training=overrides, device=device, engine=engine
         )

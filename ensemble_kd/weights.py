@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -168,15 +170,27 @@ def read_card(path: Path) -> Card:
     _check_file(path)
     metadata = {} if path.suffix in (".pth", ".pt", ".bin") else _metadata(path)
     if _METADATA not in metadata:
+        architecture = _of_the_hub(path)
+        beside = {None: "", "": ", and config.json beside it names no architecture"}
         raise WeightsError(
             f"{path} does not say which network it belongs to",
-            "it was not written by ensemble-kd",
-            f"name the architecture before it: resnet18@{path}",
+            "it was not written by ensemble-kd" + beside.get(architecture, ""),
+            f"name the architecture before it: {architecture or 'resnet18'}@{path}",
         )
     try:
         return Card.from_json(json.loads(metadata[_METADATA]))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, error) from error
+
+
+def _of_the_hub(path: Path) -> str | None:
+    """The architecture in a config.json beside the file, as the hub has them; empty if it names none."""
+    try:
+        values = files.read_json(path.with_name("config.json"))
+    except (OSError, ValueError):
+        return None
+    named = values.get("architecture") if isinstance(values, dict) else None
+    return f"timm:{named}" if isinstance(named, str) and re.fullmatch(r"[\w.]+", named) else ""
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -189,6 +203,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load(path.read_bytes())
+        _check_zip(path)
         return _state_dict(torch.load(path, map_location="cpu", weights_only=True), path)
     except pickle.UnpicklingError as error:
         raise WeightsError(
@@ -200,6 +215,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise
     except Exception as error:  # a damaged pickle or header raises whatever its bytes lead to
         raise _damaged(path, error) from error
+
+
+def _check_zip(path: Path) -> None:
+    """torch compresses nothing; who does may have made a file that is endless in memory."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            if any(info.compress_type != zipfile.ZIP_STORED for info in file.infolist()):
+                raise WeightsError(
+                    f"{path} is compressed, which torch.save never does",
+                    "it could take far more memory than its size says",
+                    "load it where you trust it, and save its state_dict() again, best as safetensors",
+                )
 
 
 def _state_dict(loaded: object, path: Path) -> dict[str, Tensor]:

@@ -13,11 +13,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ensemble_kd.config import read_names
-from ensemble_kd.errors import ConfigError, ModelError, Problem, listing, nearest
+from ensemble_kd.errors import ConfigError, ModelError, Problem, listing, nearest, shortened
 from ensemble_kd.imagenet import aliases
 
 NO_VOTE = -1e4
 """The logit of a class that a teacher does not know: no probability, and finite in any precision."""
+_DIGITS = 6
+"""Of numbers of classes: no teacher has a million."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def read_map(path: Path) -> MapFile:
         members = group if isinstance(group, list) else [group] if group not in ("", "~", "null") else []
         if not all(isinstance(member, str) for member in members):
             raise ConfigError(
-                f"{path}: {name!r} has {group!r}",
+                f"{path}: {name!r} has {shortened(repr(group))}",
                 "a class of the data takes the teacher's class, or a list of them",
                 f"say {name}: [first class, second class]",
             )
@@ -108,7 +110,7 @@ def _listed(path: Path, listed: Any) -> tuple[str, ...]:
         return tuple(map(str, range(int(listed))))
     if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
         raise ConfigError(
-            f"{path}: teacher_classes is {listed!r}",
+            f"{path}: teacher_classes is {shortened(repr(listed))}",
             "it should be the list of the teacher's classes in order, or how many there are",
             "say teacher_classes: [first, second, third]",
         )
@@ -116,7 +118,7 @@ def _listed(path: Path, listed: Any) -> tuple[str, ...]:
 
 
 def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdecimal()
+    return text.isascii() and text.isdecimal() and len(text) <= _DIGITS
 
 
 def map_classes(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ensemble_kd import distributed, files, pretrained, recipes
-from ensemble_kd.classifier import Classifier
+from ensemble_kd.classifier import Classifier, check_channels
 from ensemble_kd.console import log
 from ensemble_kd.data import load_data
 from ensemble_kd.data.dataset import Dataset
@@ -166,6 +166,7 @@ def _check_classes(
     names, known = file.teacher_classes if file else None, None
     if _is_trained(name):
         known = own_classifier(name, data, names, size=size, stem=stem, offline=offline, sketch=True)
+        check_channels(data.channels, known.card.preprocess.channels)
         own: tuple[str, ...] | None = known.classes
     else:
         _check_published(name)

@@ -35,7 +35,7 @@ ROTATIONS = {1: 0, 3: 2, 6: -1, 8: 1}
 
 def picture(path: Path, shade: int = 30, size: tuple[int, int] = (10, 8), mode: str = "L", **options) -> Path:
     """A noisy image of (width, height), different for each name and place."""
-    rng = np.random.default_rng([shade, *"/".join(path.parts[-2:]).encode()])
+    rng = np.random.default_rng([shade, *"/".join(path.parts[-3:]).encode()])
     grey = np.clip(shade + rng.integers(-25, 26, size[::-1]), 0, 255).astype(np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(grey).convert(mode).save(path, **options)

@@ -29,7 +29,7 @@ LEVELS = [
         "data.views", "data.archives", "data.streams", "data.dataset",
     },
     {
-        "data.folders", "data.unlabelled", "data.sources", "weights", "pretrained", "data", "data.inspect",
+        "data.copies", "data.folders", "data.unlabelled", "data.sources", "weights", "pretrained", "data", "data.inspect",
         "curves", "objective", "inference", "stepping",
     },
     {"fresh", "fit", "loop", "recorded", "saving", "runs", "results"},

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ensemble_kd.console import log
+from ensemble_kd.data.copies import copies
 from ensemble_kd.data.dataset import Dataset, Images, check_labels, hold_out
 from ensemble_kd.data.folders import check_choice, load_folder
 from ensemble_kd.data.sources import SOURCES
@@ -66,4 +68,7 @@ def load_data(
     if val is None:
         train, val = hold_out(train, val_fraction, split_seed)
     dataset = Dataset(source, classes, train, val, test, augment)
-    return dataset.limit_train(limit_train) if limit_train else dataset
+    dataset = dataset.limit_train(limit_train) if limit_train else dataset
+    for problem in copies(dataset) if source.startswith(FOLDER) else ():
+        log.warning("%s", problem)
+    return dataset

@@ -18,7 +18,7 @@ from torch import Tensor
 from ensemble_kd.console import log, progress
 from ensemble_kd.data.archives import is_archive, unpacked
 from ensemble_kd.data.dataset import Images, stratified_split
-from ensemble_kd.data.streams import FilePixels, Files, decoders, shortened
+from ensemble_kd.data.streams import FORMATS, FilePixels, Files, decoders, is_sixteen_bit, shortened
 from ensemble_kd.errors import DataError, Problem, listing, nearest
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -105,7 +105,24 @@ def _class_folders(where: Path, folder: Folder) -> list[str]:
         folder.warnings.append(
             Problem(f"{where}: left out {listing(hidden)}", "hidden folders are not classes")
         )
+    for name in names:
+        if not _is_text(name):
+            folder.errors.append(
+                Problem(
+                    f"the name of the class folder {os.fsencode(name)!r} in {where} is no UTF-8",
+                    "no file that names the classes could be written",
+                    "rename the folder",
+                )
+            )
     return [name for name in names if name not in hidden]
+
+
+def _is_text(name: str) -> bool:
+    """Whether the bytes of a file's name are UTF-8."""
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _check_classes(where: Path, folder: Folder) -> None:
@@ -223,7 +240,7 @@ def read_headers(folder: Folder) -> None:
             modes |= seen
             broken += problems
             advance(_BLOCK)
-    folder.grey = all(mode in ("1", "L") or mode.startswith("I;16") for mode in modes)
+    folder.grey = all(mode in ("1", "L") for mode in modes)
     folder.errors += shortened(broken)
 
 
@@ -233,13 +250,13 @@ def _headers(files: Files, start: int) -> tuple[Counter[tuple[int, int]], set[st
     modes, problems = set(), []
     for position in range(start, min(start + _BLOCK, len(files))):
         try:
-            with open(files.open_name(position), "rb") as file, Image.open(file) as image:
+            with open(files.open_name(position), "rb") as file, Image.open(file, formats=FORMATS) as image:
                 if image.width * image.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
                     raise Image.DecompressionBombError
                 # Of any image, as that of PNGs would decode them to look behind their pixels.
                 turned = Image.Image.getexif(image).get(_ORIENTATION, 1) in (5, 6, 7, 8)
                 shapes[image.size[::-1] if turned else image.size] += 1
-                modes.add(image.mode)
+                modes.add("L" if is_sixteen_bit(image) else image.mode)
                 facts = os.fstat(file.fileno())
                 files.lengths[position], files.changed[position] = facts.st_size, facts.st_mtime_ns
         except Exception as error:  # Pillow's decoders raise many kinds

@@ -12,6 +12,7 @@ from PIL import Image
 
 from ensemble_kd import files
 from ensemble_kd.data import FOLDER, load_data
+from ensemble_kd.data.copies import copies
 from ensemble_kd.data.dataset import Dataset, Images
 from ensemble_kd.data.folders import scan
 from ensemble_kd.errors import DataError, Problem
@@ -47,7 +48,9 @@ def inspect_data(
         facts["file_sizes"] = {f"{w}×{h}": n for (w, h), n in sorted(folder.shapes.items())}
     if not errors:
         try:
-            facts |= _describe(load_data(source, **options), sheet)
+            data = load_data(source, **options)
+            facts |= _describe(data, sheet)
+            warnings += copies(data) if source.startswith(FOLDER) else []
         except DataError as error:
             if not source.startswith(FOLDER):
                 raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import pickle
 import struct
 import zlib
@@ -32,6 +33,7 @@ _FASHION = (
     "Bag",
     "Ankle boot",
 )
+_MOST_BYTES = 1 << 30
 _IDX_FILES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 
 
@@ -115,14 +117,17 @@ def _find_idx(root: Path, name: str) -> list[Path] | None:
 def _read_idx(path: Path) -> Tensor:
     """An idx file of unsigned bytes (LeCun's format): magic number, big-endian shape, data."""
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        zero, kind, dimensions = struct.unpack(">HBB", data[:4])
-        shape = struct.unpack(f">{dimensions}I", data[4 : 4 + 4 * dimensions])
-        if zero != 0 or kind != 8:
-            raise ValueError("wrong magic number")
-        return torch.from_numpy(
-            np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy()
-        )
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            zero, kind, dimensions = struct.unpack(">HBB", file.read(4))
+            if zero != 0 or kind != 8:
+                raise ValueError("wrong magic number")
+            shape = struct.unpack(f">{dimensions}I", file.read(4 * dimensions))
+            if (count := math.prod(shape)) > _MOST_BYTES:
+                raise ValueError(f"it would be {count:,} bytes")
+            data = file.read(count + 1)  # and no more, however much a .gz would unpack to
+        if len(data) != count:
+            raise ValueError(f"{len(data):,} bytes or more for {count:,}")
+        return torch.from_numpy(np.frombuffer(data, np.uint8).reshape(shape).copy())
     except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise DataError(
             f"cannot read {path}", f"it is no intact idx file ({error})", "delete it and fetch it again"

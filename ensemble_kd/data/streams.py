@@ -25,6 +25,8 @@ AHEAD = 3
 """Batches that are decoded while one is in use: this bounds the memory, however many images there are."""
 _PIECE = 16  # images that a thread decodes at a time, or fewer, so that all threads have a share of a batch
 _CHUNKS = 256  # positions that are read from an accelerator at once, in batches
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+"""What is opened, whatever a file is called: Pillow would hand others, such as EPS, to other programs."""
 _CPU = torch.device("cpu")
 _ROWS = 1 << 16
 _TAIL = 4096
@@ -285,7 +287,7 @@ def shortened(problems: list[Problem]) -> list[Problem]:
 def decode_file(path: str, out: np.ndarray) -> None:
     """Decode a file into `out` (C, H, W), uint8: upright, resized to cover it, and cut in the middle."""
     channels, height, width = out.shape
-    with Image.open(path) as image:
+    with Image.open(path, formats=FORMATS) as image:
         # Has the decoder shrink a JPEG that is far too large, to no less than three times what is wanted.
         image.draft(None, (_GAP * max(height, width),) * 2)
         ImageOps.exif_transpose(image, in_place=True)
@@ -297,9 +299,20 @@ def decode_file(path: str, out: np.ndarray) -> None:
 
 def _eight_bits(image: Image.Image, mode: str) -> Image.Image:
     """The image in `mode`; 16-bit grey is scaled, where Pillow alone would clip it."""
-    if image.mode.startswith("I;16"):
+    if is_sixteen_bit(image):
         image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
     return image if image.mode == mode else image.convert(mode)
+
+
+def is_sixteen_bit(image: Image.Image) -> bool:
+    """Whether it is grey of 16 bits.
+
+    Raises:
+        ValueError: it is grey of 32 bits, for which no number is known to be white.
+    """
+    if image.mode in ("I", "F") and image.format not in ("PNG", "PPM"):
+        raise ValueError("its grey has 32 bits, of which none is known to be white: save it with 8 or 16")
+    return image.mode == "I" or image.mode.startswith("I;16")
 
 
 def _why_broken(path: str, error: Exception) -> str:

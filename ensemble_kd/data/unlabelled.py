@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
-from ensemble_kd.console import log, progress
+from ensemble_kd.console import log
+from ensemble_kd.data.copies import same_files, same_pixels
 from ensemble_kd.data.dataset import Dataset, Images
 from ensemble_kd.data.folders import (
     EXTENSIONS,
@@ -20,13 +19,12 @@ from ensemble_kd.data.folders import (
     read_headers,
     stays_in_files,
 )
-from ensemble_kd.data.streams import FilePixels, Files, decoders
+from ensemble_kd.data.streams import FilePixels, Files
 from ensemble_kd.errors import DataError
 
 FIRST_ID = 1 << 32
 """Ids of unlabelled images start here, so that no labelled one has the same."""
 _NAME = "unlabelled"
-_BLOCK = 256
 
 
 def load_unlabelled(path: Path, data: Dataset, decode: str = "auto") -> Images:
@@ -61,37 +59,13 @@ _decoded = decode  # the name of an argument above
 
 def _warn_of_test_images(images: Images, files: Files, data: Dataset, path: Path) -> None:
     if isinstance(data.test.pixels, FilePixels):
-        same = _same_files(files, data.test.pixels)
+        same = same_files(files, np.arange(len(files)), data.test.pixels)
     elif isinstance(images.pixels, FilePixels):
         log.info("%s is not searched for test images: its images are decoded only when they are used", path)
         return
     else:
-        test = {_digest(pixels) for pixels in data.test.pixels.cpu()}
-        same = sum(_digest(pixels) in test for pixels in images.pixels)
+        same = same_pixels(images.pixels, data.test.pixels)
     if same:
         log.warning(
             "%d of the images in %s are test images too: what is measured on them is too good", same, path
         )
-
-
-def _digest(pixels: Tensor) -> bytes:
-    return hashlib.blake2b(pixels.contiguous().numpy().data, digest_size=16).digest()
-
-
-def _same_files(files: Files, test: FilePixels) -> int:
-    """How many files are copies of those of `test`, by their lengths and last bytes: nothing is decoded."""
-    lists = test.files()
-    known = {end for part, positions in lists for end in _ends(part, positions)}
-    lengths = np.concatenate([part.lengths[positions] for part, positions in lists])
-    alike = np.isin(files.lengths, lengths).nonzero()[0]
-    return sum(end in known for end in _ends(files, alike))
-
-
-def _ends(files: Files, positions: np.ndarray) -> list[tuple[int, bytes]]:
-    blocks = [positions[start : start + _BLOCK].tolist() for start in range(0, len(positions), _BLOCK)]
-    with progress("looking for test images", len(positions)) as advance, decoders() as pool:
-        found = []
-        for block in pool.map(files.ends, blocks):
-            found += block
-            advance(len(block))
-    return found
