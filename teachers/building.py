@@ -191,17 +191,18 @@ def _tell(
     wanted = [t for t, count in zip(ensemble.teachers, rows, strict=True) if count]
     names, images = ", ".join(teacher.label for teacher in wanted), max(rows)
     text = f"storing targets of {names}: {images:,} views of images, {readable(stored)}"
-    size = min(_batch(train), len(train))
-    if images > _WORTH_TIMING * size:
-        seconds = _seconds_a_batch(wanted, train, viewing, size) * images / size
+    processes = distributed.size()
+    size = min(_batch(train) // processes, len(train))
+    if images > _WORTH_TIMING * size * processes:
+        seconds = _seconds_a_batch(wanted, train, viewing, size) * images / (size * processes)
         text += f", about {seconds:,.0f} s" if seconds < 180 else f", about {seconds / 60:,.0f} min"
     log.info("%s", text)
 
 
 def _batch(train: Images) -> int:
-    """How many images are read at a time."""
+    """How many images are read at a time, by all processes together."""
     height, width = train.pixels.shape[2:]
-    return batch_for((int(height), int(width)), train.ids.device)
+    return batch_for((int(height), int(width)), train.ids.device) * distributed.size()
 
 
 def _seconds_a_batch(teachers: Sequence[Teacher], train: Images, viewing: Viewing, size: int) -> float:
