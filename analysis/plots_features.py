@@ -129,7 +129,7 @@ def _mark(axis: Axes, values: np.ndarray) -> None:
             ink = "black" if cells[best] > 0.6 else "white"
             axis.plot(best, row, "o", color=ink, markersize=3)
             continue
-        for column in np.flatnonzero(np.isfinite(cells)):
+        for column in map(int, np.flatnonzero(np.isfinite(cells))):
             ink = "black" if cells[column] > 0.6 else "white"
             weight = "bold" if column == best else "normal"
             text = f"{cells[column] + 0.0:.2f}".replace("-0.00", "0.00")
