@@ -188,11 +188,28 @@ class Run:
             raise RunError(
                 f"{self.folder} did not finish", "it has no metrics.json", f"go on: ekd resume {self.folder}"
             )
-        return files.read_json(self.path("metrics.json"))
+        return self._read("metrics.json")
 
     def manifest(self) -> dict[str, Any]:
-        """manifest.json of a finished run."""
-        return files.read_json(self.path("manifest.json"))
+        """manifest.json of a finished run.
+
+        Raises:
+            RunError: it is missing or damaged.
+        """
+        return self._read("manifest.json")
+
+    def _read(self, name: str) -> dict[str, Any]:
+        try:
+            return files.read_json(self.path(name))
+        except (OSError, ValueError) as error:
+            raise self._damaged(name, error) from error
+
+    def _damaged(self, name: str, error: Exception) -> RunError:
+        return RunError(
+            f"cannot read {self.path(name)}",
+            f"it is missing or damaged: {error}",
+            "bring the file back, or distil again with --overwrite",
+        )
 
     def keep_predictions(self, logits: dict[str, Tensor], labels: Tensor) -> None:
         """Save test logits (N, C) by model, and the labels, for the analyses."""
@@ -204,7 +221,7 @@ class Run:
         """What `keep_predictions` saved.
 
         Raises:
-            RunError: there is no such file.
+            RunError: there is no such file, or it is damaged.
         """
         path = self.path("predictions.safetensors")
         if not path.is_file():
@@ -213,8 +230,11 @@ class Run:
                 "only `ekd distill` keeps them",
                 "name a run of `ekd distill`",
             )
-        tensors = safetensors.torch.load(path.read_bytes())
-        labels = tensors.pop("labels")
+        try:
+            tensors = safetensors.torch.load(path.read_bytes())
+            labels = tensors.pop("labels")
+        except (OSError, safetensors.SafetensorError, KeyError) as error:
+            raise self._damaged(path.name, error) from error
         return {name.removeprefix("logits/"): values for name, values in tensors.items()}, labels
 
 

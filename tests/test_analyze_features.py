@@ -350,7 +350,7 @@ NAMES = ["student", "<script>alert(1)</script>", "[/b] x$\\frac$", "类别" * 10
 def test_hostile_names_stand_in_tables_and_pictures_as_they_are(tmp_path: Path) -> None:
     nets = {name: classifier(Small()) for name in NAMES}
     roles = dict(zip(NAMES, ("student", "control", "teacher", "teacher"), strict=True))
-    numbers = compare(look(nets, some_images(), ["*"]), roles, 5, 0)
+    numbers = compare(look(nets, some_images()), roles, 5, 0)
     numbers |= {"roles": roles, "data": "[/b]", "n": 48}
     numbers["settings"] = {"batch": 48, "pool": "gap", "neighbours": 5}
     table = FeatureAnalysis(tmp_path, numbers).table()
