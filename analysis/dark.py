@@ -110,7 +110,7 @@ def in_words(
 
     Returns:
         Rows with `class`, `most` and `least` by model, and a `sentence` on the reference and the student.
-        None where there are two classes only, or no image of a class.
+        None where there are two classes only, no image of a class, or no order of its wrong classes.
     """
     if len(names) < 3:
         return []
@@ -118,6 +118,8 @@ def in_words(
     rows = []
     for c in sorted(shown, key=lambda c: means[reference][c, c]):
         found = {model: nearest(mean, c) for model, mean in means.items()}
+        if any(most == least for most, least in (found[reference], found[student])):
+            continue  # it does not tell the wrong classes apart
         most, least = ({model: names[pair[side]] for model, pair in found.items()} for side in (0, 1))
         rows.append(
             {

@@ -159,7 +159,7 @@ def compare(seen: Seen, roles: Mapping[str, str], neighbours: int, seed: int) ->
             "cka": block.tolist(),
             "best": _best(seen, pair, block),
             **{key: measured(values, _reason(undefined, pair, key)) for key, values in draws[pair].items()},
-            **_rotated(seen, pair, seed),
+            **_rotated(seen, pair, undefined, seed),
         }
         for pair, block in blocks.items()
     ]
@@ -239,7 +239,7 @@ def _best(seen: Seen, pair: tuple[str, str], block: np.ndarray) -> dict[str, lis
             if np.isnan(row).all()
             else {
                 "layer": label,
-                "match": seen.layers[other][np.nanargmax(row)],
+                "match": seen.layers[other][int(np.nanargmax(row))],
                 "cka": float(np.nanmax(row)),
             }
             for label, row in zip(seen.layers[name], values, strict=True)
@@ -247,7 +247,11 @@ def _best(seen: Seen, pair: tuple[str, str], block: np.ndarray) -> dict[str, lis
     return sides
 
 
-def _rotated(seen: Seen, pair: tuple[str, str], seed: int) -> dict[str, float]:
+def _rotated(
+    seen: Seen, pair: tuple[str, str], undefined: Mapping[str, Mapping[str, str]], seed: int
+) -> dict[str, float]:
+    if any(PENULTIMATE in undefined.get(name, {}) for name in pair):
+        return dict.fromkeys(("procrustes", "procrustes_chance"), float("nan"))
     x, y = (seen.features[name] for name in pair)
     other = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(y.device)
     return {"procrustes": procrustes(x, y), "procrustes_chance": procrustes(x, y[other])}

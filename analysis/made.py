@@ -101,6 +101,18 @@ def _seconds(run: Numbers) -> Child:
     return details("Seconds by part", table(["part", "seconds"], rows, "Where the time of the run went"))
 
 
+def _flags(settings: Mapping[str, Any]) -> list[str]:
+    """The flags that give these settings, whatever the defaults are."""
+    flags = ["--quick"] if settings["quick"] else []
+    if settings.get("corruptions") is False:
+        flags.append("--no-corruptions")
+    for name in ("images", "triplets", "points", "pool", "neighbours", "bins", "seed"):
+        flags += [f"--{name}", str(settings[name])] if name in settings else []
+    for pattern in settings.get("layers", []):
+        flags += ["--layers", pattern]
+    return flags
+
+
 def _settings(run: Numbers) -> Child:
     """What each analysis was made with, as a command that makes it again."""
     rows = []
@@ -108,8 +120,6 @@ def _settings(run: Numbers) -> Child:
         if "left_out" in run[name]:
             continue
         settings = run[name]["settings"]
-        command = ["ekd", f"analyze-{name}", run["folder"], *(["--quick"] if settings["quick"] else [])]
-        if settings["seed"]:
-            command += ["--seed", str(settings["seed"])]
+        command = ["ekd", f"analyze-{name}", run["folder"], *_flags(settings)]
         rows.append([name, shlex.join(command), _recipe(settings)])
     return table(["analysis", "command", "settings"], rows, "The analyses", words=[1, 2])

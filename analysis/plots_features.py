@@ -20,7 +20,7 @@ _COLUMNS = 3
 _ROWS = 8
 """Most in a picture."""
 _WRITTEN = 9
-"""Most layers of a model for numbers to be written into the squares."""
+"""Most layers of the models in a picture for numbers to be written into the squares."""
 _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860")
 _MEASURES = {
     "penultimate": "penultimate",
@@ -67,7 +67,7 @@ def draw_features(numbers: Mapping[str, Any], folder: Path) -> dict[str, dict[st
     controls = [[(control, teacher) for teacher in teachers] for control in kinds["control"]]
     grids = {
         "teachers": ("Layers of the student beside those of each teacher", student),
-        "controls": ("The same for the controls", controls),
+        "controls": ("Layers of the controls beside those of each teacher", controls),
         "self": ("Layers of the student beside themselves", [[("student", "student")]] if teachers else []),
         "between": ("Layers of the teachers beside each other", [list(combinations(teachers, 2))]),
         "models": ("Layers of each pair of models", [list(combinations(kinds["model"], 2))]),
@@ -79,7 +79,11 @@ def draw_features(numbers: Mapping[str, Any], folder: Path) -> dict[str, dict[st
             cut = f" (the first {_ROWS} of {len(rows)} rows)" if len(rows) > _ROWS else ""
             panels = [[Panel.of(numbers, *pair) for pair in row] for row in rows[:_ROWS]]
             draw_panels(panels, folder / f"features-{key}.png")
-            pictures[key] = {"file": f"features-{key}.png", "title": title + cut, "alt": _alt(panels)}
+            pictures[key] = {
+                "file": f"features-{key}.png",
+                "title": f"{title}{cut}; bold or a dot: the most similar in each row",
+                "alt": _alt(panels),
+            }
     if numbers["gains"]:
         pictures["gains"] = _draw_gains(numbers["gains"], folder)
     return pictures
@@ -90,7 +94,8 @@ def draw_panels(grid: Sequence[Sequence[Panel]], path: Path) -> None:
     import matplotlib as mpl
 
     shapes = [panel.values.shape for row in grid for panel in row]
-    cell = 0.42 if max(map(max, shapes)) <= _WRITTEN else 0.24
+    written = max(map(max, shapes)) <= _WRITTEN
+    cell = 0.42 if written else 0.24
     widths = [max(len(row[k].x_layers) for row in grid if k < len(row)) for k in range(len(grid[0]))]
     heights = [max(len(panel.y_layers) for panel in row) for row in grid]
     beside, below = (0.085 * _longest(grid, axis) + 0.5 for axis in ("y_layers", "x_layers"))
@@ -107,7 +112,7 @@ def draw_panels(grid: Sequence[Sequence[Panel]], path: Path) -> None:
                 axis.set_visible(True)
                 image = axis.imshow(panel.values, colours, vmin=0, vmax=1, origin="lower")
                 _label(axis, panel)
-                _mark(axis, panel.values)
+                _mark(axis, panel.values, written)
         figure.colorbar(image, ax=axes, label="CKA", shrink=min(1, 3 / height))
 
 
@@ -119,8 +124,7 @@ def _label(axis: Axes, panel: Panel) -> None:
     axis.set_ylabel(shorten(panel.y, 28))
 
 
-def _mark(axis: Axes, values: np.ndarray) -> None:
-    written = max(values.shape) <= _WRITTEN
+def _mark(axis: Axes, values: np.ndarray, written: bool) -> None:
     for row, cells in enumerate(values):
         if np.isnan(cells).all():
             continue
@@ -129,7 +133,7 @@ def _mark(axis: Axes, values: np.ndarray) -> None:
             ink = "black" if cells[best] > 0.6 else "white"
             axis.plot(best, row, "o", color=ink, markersize=3)
             continue
-        for column in np.flatnonzero(np.isfinite(cells)):
+        for column in map(int, np.flatnonzero(np.isfinite(cells))):
             ink = "black" if cells[column] > 0.6 else "white"
             weight = "bold" if column == best else "normal"
             text = f"{cells[column] + 0.0:.2f}".replace("-0.00", "0.00")
@@ -155,12 +159,15 @@ def _draw_gains(gains: Mapping[str, Any], folder: Path) -> dict[str, str]:
         _points(figure, gains)
     control, found = next(iter(gains.items()))
     first = found["mean"]["penultimate"]
+    shown = (
+        "unknown" if np.isnan(first["value"]) else "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**first)
+    )
     return {
         "file": file,
         "title": "Similarity to the teachers that was gained by distilling, on average over them",
         "alt": (
             "Student minus each control, in similarity to the teachers, with 95 % intervals over images. CKA of "
-            f"the penultimate layers: {first['value']:+.3f} [{first['low']:+.3f}, {first['high']:+.3f}] over {control}."
+            f"the penultimate layers: {shown} over {control}."
         ),
     }
 

@@ -118,8 +118,10 @@ def _verdict(run: Numbers, pictures: Pictures) -> list[Child]:
         for finding in run["findings"]
     ]
     note = (
-        "Each interval is of 95 % on its own and not corrected for how many there are. “No clear difference” means "
-        "that the interval holds 0."
+        "Each interval is of 95 % on its own and not corrected for how many there are; it is over test images or "
+        "planes, for the networks of this one seed, and other seeds give other networks. “No clear difference” means that "
+        "the interval holds 0. Resampling adds to the bias of calibration errors, and takes from rank correlations, so their "
+        "intervals can lie to one side of their value."
     )
     body: list[Child] = [tag("ul", *items, class_="verdict"), tag("p", note, class_="note")]
     body += [_summary(run), *_differences(run)]

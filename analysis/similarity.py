@@ -49,18 +49,19 @@ def procrustes(x: Float[Tensor, "N P"], y: Float[Tensor, "N Q"]) -> float:
 
     The orthogonal Procrustes distance is d² = 2 − 2 of this (Ding et al. 2021). Unrelated
     features are not at 0, and the less so the more of them there are for N: compare it with what the
-    images of one side in another order give. NaN where a side does not vary.
+    images of one side in another order give. NaN where a side does not vary, or is not finite.
     """
-    both = _compact(x), _compact(y)
-    norms = [float(side.norm()) for side in both]
-    if not all(norms):
+    sides = [side.double() - side.double().mean(dim=0) for side in (x, y)]
+    norms = [float(side.norm()) for side in sides]
+    if not all(
+        1e-12 * float(whole.norm()) < norm < float("inf") for whole, norm in zip((x, y), norms, strict=True)
+    ):
         return float("nan")
-    cross = (both[0] / norms[0]).T @ (both[1] / norms[1])
-    return float(torch.linalg.matrix_norm(cross, "nuc"))
+    first, second = (_compact(side / norm) for side, norm in zip(sides, norms, strict=True))
+    return float(torch.linalg.matrix_norm(first.T @ second, "nuc"))
 
 
 def _compact(features: Tensor) -> Tensor:
-    """Centred features in float64; rotated into at most N of them, which changes no singular value."""
-    x = features.double()
-    x = x - x.mean(dim=0)
-    return torch.linalg.qr(x.T, mode="r").R.T if x.shape[1] > len(x) else x
+    """The features rotated into at most N of them, which changes no singular value."""
+    n, width = features.shape
+    return torch.linalg.qr(features.T, mode="r").R.T if width > n else features

@@ -25,11 +25,12 @@ from ensemble_kd.analysis.planes import (
     reproducibility,
 )
 from ensemble_kd.analysis.plots_surface import SHOWN, Shown, draw_surfaces
+from ensemble_kd.analysis.seeds import t_interval
 from ensemble_kd.analysis.subjects import Subjects, chosen_options, subjects_of
 from ensemble_kd.console import progress
 from ensemble_kd.data.dataset import Images
 from ensemble_kd.errors import DataError, ModelError
-from ensemble_kd.metrics import RESAMPLES, bootstrap_mean
+from ensemble_kd.metrics import RESAMPLES
 from ensemble_kd.results import ENSEMBLE
 from ensemble_kd.tables import text_table
 from ensemble_kd.teachers.ensemble import Teacher
@@ -37,6 +38,9 @@ from ensemble_kd.teachers.ensemble import Teacher
 _HELD = 1 << 23
 """Pixel values of a plane that are held at once, in float64: 64 MiB."""
 _ONE = "one plane has no spread"
+_FEW = "fewer than 6 planes give no interval"
+FEWEST_PLANES = 6
+"""From which on planes are drawn with replacement for intervals, and a verdict is given."""
 
 
 @dataclass(frozen=True)
@@ -193,13 +197,13 @@ def _logits(subjects: Subjects, plane: Plane, places: np.ndarray) -> tuple[dict[
 def summarise(
     roles: Mapping[str, str], answers: np.ndarray, margins: np.ndarray, seed: int = 0
 ) -> dict[str, Any]:
-    """Means over planes, with intervals by a bootstrap over planes.
+    """Means over planes, with Student's t intervals over planes; a bootstrap of a few would be too narrow.
 
     Args:
         roles: of M models by name, `student`, `control`, `teacher` and `ensemble` among them or not.
         answers: classes (T, M, P, P) on T planes.
         margins: distances from the three images of each plane to the boundary (T, M, 3).
-        seed: of the bootstrap.
+        seed: of the bootstrap of margins.
 
     Returns:
         `pairs`, `gains`, `fragmentation` and `margins` of `analyze_surface`.
@@ -210,28 +214,38 @@ def summarise(
         {
             "first": names[i],
             "second": names[j],
-            "reproducibility": _mean(alike[:, i, j], seed),
+            "reproducibility": _share(alike[:, i, j]),
             "sd": float(alike[:, i, j].std(ddof=1)) if len(alike) > 1 else float("nan"),
+            **({} if len(alike) > 1 else {"reason": _ONE}),
         }
         for i, j in combinations(range(len(names)), 2)
     ]
     return {
         "pairs": pairs,
-        "gains": _gains(roles, alike, seed),
-        "fragmentation": {name: _fragmentation(answers[:, k], seed) for k, name in enumerate(names)},
+        "gains": _gains(roles, alike),
+        "fragmentation": {name: _fragmentation(answers[:, k]) for k, name in enumerate(names)},
         "margins": {name: _margins(margins[:, k], seed) for k, name in enumerate(names)},
     }
 
 
-def _mean(values: np.ndarray, seed: int) -> dict[str, Any]:
+def _mean(values: np.ndarray) -> dict[str, Any]:
     """The mean over planes with its interval."""
-    measured = bootstrap_mean(torch.from_numpy(values.astype(np.float64)), seed=seed)
     if len(values) > 1:
-        return {**measured}
-    return {"value": measured["value"], "low": float("nan"), "high": float("nan"), "reason": _ONE}
+        return {**t_interval(values.tolist())}
+    return {"value": float(values.mean()), "low": float("nan"), "high": float("nan"), "reason": _ONE}
 
 
-def _gains(roles: Mapping[str, str], alike: np.ndarray, seed: int) -> list[dict[str, Any]]:
+def _share(values: np.ndarray) -> dict[str, Any]:
+    """`_mean` of shares, whose interval ends where shares do."""
+    found = _mean(values)
+    return (
+        {**found, "low": max(found["low"], 0.0), "high": min(found["high"], 1.0)}
+        if len(values) > 1
+        else found
+    )
+
+
+def _gains(roles: Mapping[str, str], alike: np.ndarray) -> list[dict[str, Any]]:
     """How much more often than each control the student says what ensemble and teachers say."""
     at = {name: k for k, name in enumerate(roles)}
     named = {role: [name for name in roles if roles[name] == role] for role in set(roles.values())}
@@ -239,7 +253,7 @@ def _gains(roles: Mapping[str, str], alike: np.ndarray, seed: int) -> list[dict[
         {
             "control": control,
             "target": target,
-            "gain": _mean(alike[:, at[student], at[target]] - alike[:, at[control], at[target]], seed),
+            "gain": _mean(alike[:, at[student], at[target]] - alike[:, at[control], at[target]]),
         }
         for student in named.get("student", [])
         for control in named.get("control", [])
@@ -247,12 +261,12 @@ def _gains(roles: Mapping[str, str], alike: np.ndarray, seed: int) -> list[dict[
     ]
 
 
-def _fragmentation(answers: np.ndarray, seed: int) -> dict[str, Any]:
+def _fragmentation(answers: np.ndarray) -> dict[str, Any]:
     """Connected regions on each of T planes (T, P, P): of all classes, and of each that occurs."""
     counts = [list(components(plane).values()) for plane in answers]
     return {
-        "regions": _mean(np.array([sum(plane) for plane in counts]), seed),
-        "per_class": _mean(np.array([np.mean(plane) for plane in counts]), seed),
+        "regions": _mean(np.array([sum(plane) for plane in counts])),
+        "per_class": _mean(np.array([np.mean(plane) for plane in counts])),
     }
 
 
@@ -262,14 +276,18 @@ def _margins(distances: np.ndarray, seed: int) -> dict[str, Any]:
     Images without a boundary in their box count as infinitely far in the median, and not in the mean.
     """
     count = len(distances)
-    size = (RESAMPLES if count > 1 else 0, count)
+    size = (RESAMPLES if count >= FEWEST_PLANES else 0, count)
     draws = np.random.default_rng(seed).integers(count, size=size)
     rows = np.concatenate([distances.reshape(1, -1), distances[draws].reshape(size[0], distances.size)])
     known = np.isfinite(rows)
     weight = known.sum(axis=1)
     means = np.where(known, rows, 0).sum(axis=1) / np.where(weight, weight, np.nan)
     without = int((~known[0]).sum())
-    why = f"{without} of {distances.size} images have no boundary in their box" if without else _ONE
+    why = (
+        f"{without} of {distances.size} images have no boundary in their box"
+        if without and count >= FEWEST_PLANES
+        else _FEW
+    )
     found = {"median": _interval(np.median(rows, axis=1), why), "mean": _interval(means, why)}
     return {**found, "images": distances.size, "without_boundary": without}
 

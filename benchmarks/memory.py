@@ -227,7 +227,7 @@ def forget_peak(device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     ctypes.CDLL(None).malloc_trim(0)  # of glibc
-    Path("/proc/self/clear_refs").write_text("5")  # of Linux: getrusage begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # of Linux: VmHWM begins anew
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
@@ -235,7 +235,9 @@ def peak_of(device: torch.device) -> int:
     """The most bytes that were in use at once since `forget_peak`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # getrusage would also count what a large parent had in use when it started this process.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 def kept_by_autograd(step: Callable[[], None], weights: Sequence[Tensor]) -> int:

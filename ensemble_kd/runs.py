@@ -332,7 +332,7 @@ class Run:
         """What `keep_predictions` saved.
 
         Raises:
-            RunError: there is no such file.
+            RunError: there is no such file, or it is damaged.
         """
         path = self.path("predictions.safetensors")
         if not path.is_file():

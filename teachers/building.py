@@ -149,9 +149,8 @@ class _Writer:
         if self._shard is None or chunk.start < self._shard.start:
             return
         answers = self._teacher.runner(batch.ids.device)(batch.decoded, features)
-        self._parts.append(
-            Answers(*(v if v is None else distributed.gathered(v, len(chunk)) for v in answers))
-        )
+        logits, kept = distributed.gathered(answers.logits, len(chunk)), answers.features
+        self._parts.append(Answers(logits, None if kept is None else distributed.gathered(kept, len(chunk))))
         if chunk.stop < self._shard.stop:
             return
         logits = torch.cat([part.logits for part in self._parts])

@@ -239,6 +239,8 @@ def test_what_is_not_finite_spoils_only_itself() -> None:
     found = streamed([x, broken, y], 20)
     assert np.isnan(found.cka()[1]).all()
     assert np.isfinite(found.cka()[np.ix_([0, 2], [0, 2])]).all()
+    assert np.isnan(procrustes(broken, y))
+    assert np.isnan(procrustes(x, torch.full((40, 90), torch.nan)))
 
 
 def test_tiny_and_huge_features_count_alike() -> None:

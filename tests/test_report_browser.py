@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
     not (CHROMIUM and DRIVER),
     reason="no Chromium with its driver (Debian: apt-get install chromium chromium-driver)",
 )
-CLASSES = ["<img src=x onerror=alert(1)>", "[b]", "x$\\frac$", "数字", "a" * 200]
+CLASSES = ["<script>", "<img src=x onerror=alert(1)>", "[b]", "x$\\frac$", "数字", "a" * 200]
 SCHEMES = ("light", "dark")
 
 
