@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Where row 9 of `make bench` finds real images; Debian's package dataset-fashion-mnist puts them there.
 FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test lint types bench torture clean
 
 demo: .venv/.installed
 	$(BIN)/ekd distill --teachers resnet18,vgg16 --student lenet
@@ -27,6 +27,10 @@ types: .venv/.dev
 # Long: large teachers and the memory case at 224 px take tens of minutes on two cores. ROWS=6,7 measures these alone.
 bench: .venv/.bench
 	$(BIN)/python -m benchmarks $(if $(ROWS),--rows $(ROWS)) $(if $(wildcard $(FASHION_MNIST)),--fashion-mnist $(FASHION_MNIST))
+
+# What must survive kills, flipped bits, malformed files, full disks, signals and a second process.
+torture: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/torture.py --out benchmarks/results/torture.json
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
