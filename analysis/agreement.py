@@ -37,6 +37,7 @@ from ensemble_kd.metrics import RESAMPLES
 from ensemble_kd.results import ENSEMBLE
 from ensemble_kd.runs import Run
 from ensemble_kd.teachers.ensemble import Teacher
+from ensemble_kd.teachers.layout import check_finite
 from ensemble_kd.weights import read_card
 
 NOT_ASKED = "it was not asked for"
@@ -112,6 +113,8 @@ def agreement_of(subjects: Subjects, options: AgreementOptions) -> Agreement:
     else:
         images = subjects.some(options.most_images, options.seed)
         logits = subjects.logits(images)
+        for name, values in logits.items():
+            check_finite(name, values)
         clean = _Clean(
             subjects.head(images, **_settings(options)), _on_cpu(logits), images.known_labels.cpu().numpy()
         )

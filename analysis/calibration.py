@@ -29,6 +29,7 @@ from ensemble_kd.metrics import (
 )
 from ensemble_kd.tables import text_table
 from ensemble_kd.teachers.ensemble import Teacher
+from ensemble_kd.teachers.layout import check_finite
 
 STAGES = ("before", "after")
 _BLOCK = 100
@@ -107,13 +108,16 @@ def calibration_of(subjects: Subjects, options: CalibrationOptions) -> Calibrati
     """`analyze_calibration` of models that are loaded already."""
     images, val = subjects.some(options.most_images, options.seed), subjects.data.val
     settings = {"quick": options.quick, "images": options.most_images, "seed": options.seed}
+    tested, validated = subjects.logits(images), subjects.logits(val)
+    for name in tested:
+        check_finite(name, tested[name], validated[name])
     numbers = {
         **subjects.head(images, **settings, bins=options.bins),
         "validation": len(val),
         **calibration(
-            {name: z.cpu() for name, z in subjects.logits(images).items()},
+            {name: z.cpu() for name, z in tested.items()},
             images.known_labels.cpu(),
-            {name: z.cpu() for name, z in subjects.logits(val).items()},
+            {name: z.cpu() for name, z in validated.items()},
             val.known_labels.cpu(),
             roles=subjects.roles,
             known=_known(subjects),

@@ -38,9 +38,6 @@ from ensemble_kd.teachers.ensemble import Teacher
 _HELD = 1 << 23
 """Pixel values of a plane that are held at once, in float64: 64 MiB."""
 _ONE = "one plane has no spread"
-_FEW = "fewer than 6 planes give no interval"
-FEWEST_PLANES = 6
-"""From which on planes are drawn with replacement for intervals, and a verdict is given."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +213,6 @@ def summarise(
             "second": names[j],
             "reproducibility": _share(alike[:, i, j]),
             "sd": float(alike[:, i, j].std(ddof=1)) if len(alike) > 1 else float("nan"),
-            **({} if len(alike) > 1 else {"reason": _ONE}),
         }
         for i, j in combinations(range(len(names)), 2)
     ]
@@ -276,18 +272,14 @@ def _margins(distances: np.ndarray, seed: int) -> dict[str, Any]:
     Images without a boundary in their box count as infinitely far in the median, and not in the mean.
     """
     count = len(distances)
-    size = (RESAMPLES if count >= FEWEST_PLANES else 0, count)
+    size = (RESAMPLES if count > 1 else 0, count)
     draws = np.random.default_rng(seed).integers(count, size=size)
     rows = np.concatenate([distances.reshape(1, -1), distances[draws].reshape(size[0], distances.size)])
     known = np.isfinite(rows)
     weight = known.sum(axis=1)
     means = np.where(known, rows, 0).sum(axis=1) / np.where(weight, weight, np.nan)
     without = int((~known[0]).sum())
-    why = (
-        f"{without} of {distances.size} images have no boundary in their box"
-        if without and count >= FEWEST_PLANES
-        else _FEW
-    )
+    why = f"{without} of {distances.size} images have no boundary in their box" if without else _ONE
     found = {"median": _interval(np.median(rows, axis=1), why), "mean": _interval(means, why)}
     return {**found, "images": distances.size, "without_boundary": without}
 
