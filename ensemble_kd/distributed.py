@@ -60,7 +60,11 @@ def joined(device: str = "auto") -> Iterator[None]:
         )
     if on_gpu:
         torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_WAIT)
+    # Of each attempt its own keys: after a restart the store still holds the addresses of the dead.
+    base, own_rank, count = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", base)
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=own_rank, world_size=count, timeout=_WAIT)
     try:
         yield
         dist.barrier()
