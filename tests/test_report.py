@@ -117,7 +117,7 @@ def numbers_in(value: Any) -> Iterator[float]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _nothing_is_drawn() -> Iterator[None]:
+def _nothing_is_drawn(finished: DistillResult) -> Iterator[None]:
     """What pictures show is for other tests; to lay them out would take most of the time here."""
     buffer = io.BytesIO()
     Image.new("RGB", (640, 48)).save(buffer, format="png")
