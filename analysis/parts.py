@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ensemble_kd.analysis.page import Child, details, figure, measured, number, table, tag
+from ensemble_kd.analysis.plots import label
 
 Numbers = Mapping[str, Any]
 Pictures = Mapping[tuple[str, str], bytes]
@@ -13,11 +14,6 @@ Pictures = Mapping[tuple[str, str], bytes]
 Rows = list[list[Child]]
 _POINTS = (100, 1, "", "+")
 _SHARE = (100, 1, " %")
-
-
-def label(name: str, roles: Mapping[str, str]) -> str:
-    """The name of a model, with its role where the name does not say it."""
-    return f"{roles[name]} {name}" if roles[name] in ("control", "teacher") else name
 
 
 def shown(run: Numbers, pictures: Pictures, part: str, *keys: str) -> list[Child]:
@@ -29,7 +25,7 @@ def shown(run: Numbers, pictures: Pictures, part: str, *keys: str) -> list[Child
     ]
 
 
-_PLACED = ("cells", "corruption", "by_class", "dark", "diversity")
+_PLACED = ("cells", "corruption", "dark", "diversity")
 """Pictures of the agreement that stand in other sections than its first."""
 
 
@@ -107,7 +103,7 @@ def cells(numbers: Numbers, run: Numbers, pictures: Pictures) -> list[Child]:
         "student's KL below it",
     ]
     body.append(table(headers, rows, "How near student and controls are to the ensemble and each teacher"))
-    return [*body, *_corruption(numbers, run, pictures), *_by_class(numbers, run, pictures)]
+    return [*body, *_corruption(numbers, run, pictures), *_by_class(numbers)]
 
 
 def _corruption(numbers: Numbers, run: Numbers, pictures: Pictures) -> list[Child]:
@@ -134,7 +130,7 @@ def _corruption(numbers: Numbers, run: Numbers, pictures: Pictures) -> list[Chil
     return [*shown(run, pictures, "agreement", "corruption"), table(headers, rows, caption)]
 
 
-def _by_class(numbers: Numbers, run: Numbers, pictures: Pictures) -> list[Child]:
+def _by_class(numbers: Numbers) -> list[Child]:
     found = numbers["by_class"]
     models, networks = (list(found[0][key]) for key in ("accuracy", "agreement"))
     headers = ["class", "images", *(f"accuracy, {name}" for name in models)]
@@ -151,7 +147,7 @@ def _by_class(numbers: Numbers, run: Numbers, pictures: Pictures) -> list[Child]
     made = table(
         headers, rows, "By true class, with Wilson's intervals of 95 %; agreement is with the ensemble"
     )
-    return [*shown(run, pictures, "agreement", "by_class"), details(f"All {len(rows)} classes", made)]
+    return [details(f"All {len(rows)} classes", made)]
 
 
 @needs("calibration")

@@ -93,3 +93,8 @@ def shorten(name: str, length: int = 30) -> str:
     name = "".join(character if character.isprintable() else "\ufffd" for character in name)
     half = (length - 1) // 2
     return name if len(name) <= length else f"{name[:half]}…{name[-half:]}"
+
+
+def label(name: str, roles: Mapping[str, str]) -> str:
+    """The name of a model, with its role where the name does not say it."""
+    return f"{roles[name]} {name}" if roles[name] in ("control", "teacher") else name

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ensemble_kd.analysis.pairs import matrix
 from ensemble_kd.analysis.plots import draw_heat_maps, picture, shorten
 
 if TYPE_CHECKING:
@@ -220,7 +221,9 @@ def draw_surfaces(
     for key, columns, masks in _pictures(of):
         draw_planes(planes, _titles(columns, roles), masks, palette, folder / f"surface-{key}.png")
         found[key] = _described(key, numbers, masks)
-    alike = {"share of the points with the same answer": _matrix(numbers["pairs"], list(roles))}
+    alike = {
+        "share of the points with the same answer": matrix(numbers["pairs"], list(roles), "reproducibility")
+    }
     draw_heat_maps(alike, list(roles), folder / "surface-reproducibility.png")
     return found | {"reproducibility": _described("reproducibility", numbers, [])}
 
@@ -246,15 +249,6 @@ def _titles(names: Sequence[str], roles: Mapping[str, str]) -> dict[str, str]:
         else shorten(name, 22)
         for name in names
     }
-
-
-def _matrix(pairs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> np.ndarray:
-    """Reproducibility of all pairs, 1 on the diagonal."""
-    square = np.eye(len(names))
-    for pair in pairs:
-        i, j = names.index(pair["first"]), names.index(pair["second"])
-        square[i, j] = square[j, i] = pair["reproducibility"]["value"]
-    return square
 
 
 def _described(key: str, numbers: Mapping[str, Any], masks: Sequence[tuple[str, str]]) -> dict[str, str]:

@@ -7,7 +7,8 @@ from typing import Any
 
 from ensemble_kd.analysis.made import how_it_was_made
 from ensemble_kd.analysis.page import Child, Html, Section, measured, number, table, tag
-from ensemble_kd.analysis.parts import PARTS, Pictures, label
+from ensemble_kd.analysis.parts import PARTS, Pictures
+from ensemble_kd.analysis.plots import label
 from ensemble_kd.tables import combination_lines
 
 Numbers = Mapping[str, Any]

@@ -24,6 +24,7 @@ from ensemble_kd.analysis.planes import (
     margin,
     reproducibility,
 )
+from ensemble_kd.analysis.plots import label
 from ensemble_kd.analysis.plots_surface import SHOWN, Shown, draw_surfaces
 from ensemble_kd.analysis.seeds import t_interval
 from ensemble_kd.analysis.subjects import Subjects, chosen_options, subjects_of
@@ -324,7 +325,7 @@ def _pair_table(numbers: Mapping[str, Any]) -> str:
         text = _text(pair["reproducibility"], 100, 1, " %")
         text += f" ± {100 * pair['sd']:.1f}" if pair["sd"] == pair["sd"] else ""
         cells[pair["first"], pair["second"]] = cells[pair["second"], pair["first"]] = text
-    rows = [[_label(name, roles), *(cells.get((name, other), "–") for other in columns)] for name in roles]
+    rows = [[label(name, roles), *(cells.get((name, other), "–") for other in columns)] for name in roles]
     title = (
         f"{numbers['data']}, {settings['triplets']:,} planes through three test images, "
         f"{settings['points']}×{settings['points']} points each: how often two models say the same\n"
@@ -351,7 +352,7 @@ def _shape_table(numbers: Mapping[str, Any]) -> str:
         margins = numbers["margins"][name]
         rows.append(
             [
-                _label(name, numbers["roles"]),
+                label(name, numbers["roles"]),
                 _text(regions["regions"], 1, 2),
                 _text(regions["per_class"], 1, 2),
                 _text(margins["median"], 1, 3),
@@ -362,10 +363,6 @@ def _shape_table(numbers: Mapping[str, Any]) -> str:
     return text_table(
         headers, rows, "connected regions, and distances from the images in units of pixels in [0, 1]"
     )
-
-
-def _label(name: str, roles: Mapping[str, str]) -> str:
-    return f"{roles[name]} {name}" if roles[name] in ("control", "teacher") else name
 
 
 def _text(measure: Mapping[str, Any], scale: float, digits: int, unit: str = "", sign: str = "") -> str:

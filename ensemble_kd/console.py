@@ -73,10 +73,13 @@ def _display() -> Iterator[Progress]:
             _bars.clear()
 
 
-def log_to_stderr(quiet: bool = False) -> None:
-    """Show log lines on stderr; epoch lines (debug) only where no progress bar shows them."""
+def log_to_stderr(quiet: bool = False, silent: bool = False) -> None:
+    """Show log lines on stderr; epoch lines (debug) only where no progress bar shows them.
+
+    Where another process says the same, this one is `silent`.
+    """
     shown = logging.INFO if sys.stderr.isatty() else logging.DEBUG
-    _stderr.setLevel(logging.WARNING if quiet else shown)
+    _stderr.setLevel(logging.CRITICAL if silent else logging.WARNING if quiet else shown)
     if _stderr not in log.handlers:
         log.addHandler(_stderr)
     log.setLevel(logging.DEBUG)

@@ -51,7 +51,8 @@ def verb(
             given = {key: value for key, value in flags.items() if value not in (None, [], False)}
             for field in switches or {}:
                 given[field] = False if flags[field] else None
-            guarded(lambda: work(given, config, sets or [], json), quiet=quiet, debug=debug)
+            device = flags.get("device") or "auto"
+            guarded(lambda: work(given, config, sets or [], json), quiet=quiet, debug=debug, device=device)
 
         parameters = [
             _parameter(model, flag, flag in arguments, (switches or {}).get(flag)) for flag in flags
@@ -117,11 +118,14 @@ def _metavar(field: Any) -> str:
     return "N" if "int" in text or "float" in text else "PATH" if "Path" in text else "TEXT"
 
 
-def guarded(work: Callable[[], None], *, quiet: bool, debug: bool) -> None:
-    """Run a command; every error becomes a message and an exit code, never a traceback."""
-    console.log_to_stderr(quiet or not distributed.speaks())
+def guarded(work: Callable[[], None], *, quiet: bool, debug: bool, device: str = "auto") -> None:
+    """Run a command; every error becomes a message and an exit code, never a traceback.
+
+    Of several processes the first alone logs; `device` is where they will compute.
+    """
+    console.log_to_stderr(quiet, silent=not distributed.speaks())
     try:
-        with as_interrupt(), distributed.joined():
+        with as_interrupt(), distributed.joined(device):
             work()
     except EkdError as error:
         if debug:
