@@ -14,9 +14,6 @@ import safetensors.torch
 import torch
 from torch import nn
 
-# dcor would compile for half a minute, and whoever imports numba first decides.
-os.environ["NUMBA_DISABLE_JIT"] = "1"
-
 # Shapes in annotations are checked in the tests only; this must precede the first import of the modules.
 jaxtyping.install_import_hook(
     [

@@ -58,9 +58,8 @@ def plain_hsic1(x: np.ndarray, y: np.ndarray) -> float:
 
 @pytest.fixture(scope="module")
 def dcor() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        patch.setenv("NUMBA_DISABLE_JIT", "1")  # it compiles for half a minute otherwise
         return importlib.import_module("dcor")
 
 
