@@ -57,6 +57,20 @@ def resolve(
     return options
 
 
+def values_of(text: str) -> list[Any]:
+    """`1,2,4`, or a list as in YAML, to values.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    parts = [text] if text.lstrip().startswith("[") else [part for part in text.split(",") if part.strip()]
+    try:
+        values = [yaml.load(part, Loader=_Values) for part in parts]  # noqa: S506
+    except _UNREADABLE as error:
+        raise ConfigError(f"{shortened(text)} cannot be read", _why_unread(error), "quote it") from error
+    return values[0] if parts == [text] and isinstance(values[0], list) else values
+
+
 def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     for parent in parents:

@@ -87,6 +87,17 @@ def log_to_stderr(quiet: bool = False, silent: bool = False) -> None:
 
 
 @contextmanager
+def hushed(level: int = logging.WARNING) -> Iterator[None]:
+    """While entered, nothing below `level` is shown on stderr, and no further bars."""
+    before = _stderr.level
+    _stderr.setLevel(max(before, level))
+    try:
+        yield
+    finally:
+        _stderr.setLevel(before)
+
+
+@contextmanager
 def log_to_file(path: Path) -> Iterator[None]:
     """Append every log line to `path`, with the time, while the block runs."""
     handler = logging.FileHandler(path, encoding="utf-8")

@@ -25,6 +25,7 @@ from ensemble_kd.results import compare
 from ensemble_kd.runs import OBJECTS, Run, Stopwatch, flat, surroundings
 from ensemble_kd.schema import DistillOptions
 from ensemble_kd.setting import Objects, Setting, engine_of, prepare
+from ensemble_kd.shared import Shared
 from ensemble_kd.teachers.combination import best_alone, describe
 from ensemble_kd.teachers.ensemble import Ensemble, Teacher
 from ensemble_kd.teachers.library import recipe_of
@@ -80,21 +81,22 @@ def distill(
     if student is not None:
         given["student"] = student if isinstance(student, str) else student.card.model
     file = Path(config_file) if config_file else None
-    return _distill(config.resolve(DistillOptions, given, file=file, sets=sets), objects)
+    return distill_with(config.resolve(DistillOptions, given, file=file, sets=sets), objects)
 
 
-def go_on(run: Run) -> DistillResult:
+def go_on(run: Run, shared: Shared | None = None) -> DistillResult:
     """Finish a stopped run of `distill` whose folder is locked (see `resuming.resume`)."""
     with run.working():
         run.set_state("running")
         run.must_match("configuration", flat(config.read_yaml(run.path("config.yaml"))))
         options = config.resolve(DistillOptions, {}, file=run.path("config.yaml"))
         watch = Stopwatch()
-        setting, names = prepare(options, Objects({}))
+        setting, names = prepare(options, Objects({}, shared=shared or Shared()))
         return _finish(run, setting, names, watch)
 
 
-def _distill(options: DistillOptions, objects: Objects) -> DistillResult:
+def distill_with(options: DistillOptions, objects: Objects) -> DistillResult:
+    """`distill` with options that were read, and with what is no text."""
     if distributed.restarted() and options.out and (options.out / "status.json").is_file() and not objects:
         return go_on(Run.open(options.out).locked())
     watch = Stopwatch()
@@ -248,7 +250,7 @@ def _conclude(
     watch.lap("test")
     unchanged = {teacher.label: teacher.check_unchanged() for teacher in ensemble.teachers}
     run.keep_predictions(logits, test.known_labels)
-    if distributed.first():
+    if distributed.first() and setting.shared.pictures:
         draw_curves(run.history(), run.path("curves.png"))
     watch.lap("pictures")
     report = describe(ensemble, setting.combination, judges.val_logits, setting.data.val)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from ensemble_kd.teachers.targets import StoredTargets
 
 OTHER_SEEDS = 1000
 """What is added to the teachers' seeds for the control `independent`."""
+_SHAPING = ("stem", "augment", "teacher_size", "class_map", "teacher_training", "train_teachers")
+"""Options that a teacher depends on, besides the data."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,11 @@ def of_other_seeds(names: Sequence[ModelName | None], setting: Setting) -> list[
 
 
 def _teacher(name: ModelName, setting: Setting, seed: int | None = None) -> Teacher:
-    seed = setting.options.teacher_seed if seed is None else seed
-    return teacher_of(name, setting.options, setting.data, seed, setting.device)
+    options = setting.options
+    seed = options.teacher_seed if seed is None else seed
+    shaping = [getattr(options, option) for option in _SHAPING]
+    make = partial(teacher_of, name, options, setting.data, seed, setting.device)
+    return setting.shared.once(make, "teacher", name, seed, setting.device, options.load_arguments(), shaping)
 
 
 def combined(teachers: Sequence[Teacher], setting: Setting) -> Judges:

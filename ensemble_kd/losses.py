@@ -55,6 +55,13 @@ def soft_cross_entropy(
     return (_wide(log_target).exp() * log_q).sum() * (-(temperature**2) / len(logits))
 
 
+def unscaled_kl(
+    logits: Float[Tensor, "B C"], log_target: Float[Tensor, "B C"], temperature: float
+) -> Float[Tensor, ""]:
+    """KL(target ‖ softmax(logits / T)) without T²: its gradient shrinks as T grows."""
+    return kl_to_target(logits, log_target, temperature) / temperature**2
+
+
 def reverse_kl(
     logits: Float[Tensor, "B C"], log_target: Float[Tensor, "B C"], temperature: float
 ) -> Float[Tensor, ""]:
@@ -157,6 +164,7 @@ class SoftLoss:
 
 LOSSES: dict[str, SoftLoss] = {
     "kl": SoftLoss(kl_to_target),
+    "kl-unscaled": SoftLoss(unscaled_kl),
     "ce": SoftLoss(soft_cross_entropy),
     "reverse-kl": SoftLoss(reverse_kl, needs_all=True),
     "js": SoftLoss(jensen_shannon, needs_all=True),

@@ -251,7 +251,8 @@ class DistillOptions(CombineOptions, RunOptions):
         None, description="w in (1-w)*CE(labels) + w*soft loss; default 0.9 (1 without labels)"
     )
     loss: str = Field(
-        "kl", description="soft loss: kl, ce, reverse-kl, js, mse, dkd, dist, logit-std or hard"
+        "kl",
+        description="soft loss: kl, kl-unscaled, ce, reverse-kl, js, mse, dkd, dist, logit-std or hard",
     )
     loss_numbers: LossNumbers = LossNumbers()
     feature_weight: NotNegative = Field(0.0, description="of the loss between penultimate features")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from ensemble_kd.models import ModelName, parse
 from ensemble_kd.names import label_of
 from ensemble_kd.objective import Viewing
 from ensemble_kd.schema import CombineOptions, DistillOptions, RunOptions
+from ensemble_kd.shared import Shared
 from ensemble_kd.stepping import Recipe
 from ensemble_kd.teachers.class_map import ClassMap
 from ensemble_kd.teachers.combination import Combination, check_known, find_combiner, label_free, rehearse
@@ -60,15 +61,17 @@ class Setting:
     """Of the teachers by label, and perhaps of the `student`."""
     given: dict[str, Teacher]
     """Teachers that were given as objects, by label."""
+    shared: Shared
 
 
 @dataclass(frozen=True)
 class Objects:
-    """What was given as Python objects instead of names."""
+    """What was given as Python objects instead of names, and what is shared with other runs."""
 
     teachers: dict[str, Teacher]
     student: Classifier | None = None
     combine: Callable[..., Tensor] | None = None
+    shared: Shared = field(default_factory=Shared)
 
     def __bool__(self) -> bool:
         return bool(self.teachers) or self.student is not None or self.combine is not None
@@ -77,13 +80,13 @@ class Objects:
 def prepare(options: DistillOptions, objects: Objects) -> tuple[Setting, list[ModelName | None]]:
     """Everything that can be wrong is tried before anything is trained or written, and told at once."""
     texts = [text for text in options.teachers if text not in objects.teachers]
-    student = objects.student
+    student, shared = objects.student, objects.shared
     *parsed, named_student, combination, device, data, _, _, _ = together(
         *(partial(parse, text) for text in texts),
         partial(parse, options.student) if student is None else lambda: None,
         partial(combination_of, options, objects.combine),
         partial(choose_device, options.device),
-        partial(load_data, **options.load_arguments()),
+        partial(_images, options, shared),
         partial(_check_loss, options),
         partial(_check_top_k, options),
         partial(_check_mix, options),
@@ -99,11 +102,14 @@ def prepare(options: DistillOptions, objects: Objects) -> tuple[Setting, list[Mo
         partial(_check_label_free, options, combination),
         partial(_check_combined, options, combination),
         partial(_check_controls, options, names),
-        *teacher_checks(options, parsed, data, features=options.feature_weight > 0),
+        *(
+            partial(shared.once, check, "check", options.load_arguments(), check.args[0], check.keywords)
+            for check in teacher_checks(options, parsed, data, features=options.feature_weight > 0)
+        ),
         partial(_student, options, named_student, student, data),
     )
     _check_known(options, combination, dict(zip(texts, maps, strict=True)), adapted, data.classes)
-    data = data.to(device)
+    data = shared.once(partial(data.to, device), "data there", options.load_arguments(), device)
     transfer = _transfer(options, data, unlabelled and unlabelled.to(device))
     recipe = recipes.student_recipe(start, len(transfer), options.training.model_dump())
     if options.soft_epochs is not None and options.soft_epochs > recipe.epochs:
@@ -115,9 +121,14 @@ def prepare(options: DistillOptions, objects: Objects) -> tuple[Setting, list[Mo
     viewing = _viewing(options, data, len(transfer), recipe)
     temperatures = _temperatures(options)
     setting = Setting(
-        options, data, transfer, device, start, recipe, viewing, combination, temperatures, adapted
+        options, data, transfer, device, start, recipe, viewing, combination, temperatures, adapted, shared
     )
     return setting, names
+
+
+def _images(options: DistillOptions, shared: Shared) -> Dataset:
+    arguments = options.load_arguments()
+    return shared.once(partial(load_data, **arguments), "data", arguments)
 
 
 def combination_of(options: CombineOptions, function: Callable[..., Tensor] | None = None) -> Combination:
@@ -138,7 +149,7 @@ def combination_of(options: CombineOptions, function: Callable[..., Tensor] | No
 
 def teacher_checks(
     options: CombineOptions, names: Sequence[ModelName], data: Dataset, features: bool = False
-) -> list[Callable[[], ClassMap | None]]:
+) -> list[partial[ClassMap | None]]:
     """A check of each teacher that gives its class map, to be called together with others."""
     return [
         partial(

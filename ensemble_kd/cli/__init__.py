@@ -14,6 +14,7 @@ from ensemble_kd.cli import (
     features,
     models,
     report,
+    study,
     surface,
     targets,
     teachers,
@@ -55,6 +56,7 @@ app.command("analyze-features")(features.analyze_features)
 app.command("analyze-surface")(surface.analyze_surface)
 app.command("analyze-teachers")(teachers.analyze_teachers)
 app.command("report")(report.report)
+app.command("study")(study.study)
 app.command("models")(models.models)
 app.command("data")(data.data)
 app.add_typer(targets.targets, name="targets")

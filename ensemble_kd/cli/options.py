@@ -19,7 +19,13 @@ from ensemble_kd.interrupts import as_interrupt
 
 STOPPED = 75
 NO_TRAIN = {"train_teachers": ("--no-train", "fail where a teacher would have to be trained")}
-_TABLES = {"temperature": "T|NAME=T,...", "teacher_size": "NAME=N,...", "class_map": "NAME=FILE,..."}
+_TABLES = {
+    "temperature": "T|NAME=T,...",
+    "teacher_size": "NAME=N,...",
+    "class_map": "NAME=FILE,...",
+    "over": "NAME=A,B,...",
+    "baseline": "labels|none|NAME=A,...",
+}
 
 Config = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="YAML file with any of the options")
