@@ -39,6 +39,7 @@ def draw_curves(path: Path, curves: Sequence[Mapping[str, Any]], numbers: Number
             band = _band if seeds > 1 else None
             sns.lineplot(part, x="step", y="percent", hue=hue, errorbar=band, palette="viridis", ax=axis)
             axis.set(title=_PANELS[name], xlabel="iterations", ylabel="")
+            axis.set_ylim(max(0, axis.get_ylim()[0]), min(100, axis.get_ylim()[1]))
             if axis.get_legend() and name != panels[0]:
                 axis.get_legend().remove()  # one legend serves all panels
     shown = "by point" if hue == "point" else f"by {hue}, averaged over the other settings"
@@ -63,11 +64,8 @@ def _band(values: Any) -> tuple[float, float]:
 
 def draw_measure(path: Path, measure: str, numbers: Numbers) -> dict[str, str]:
     """Differences to the baseline, or means where there is none: heat maps, or points with intervals."""
-    found = {
-        name: (point["differences"] or {}).get(measure) if numbers["against"] else point["means"][measure]
-        for name, point in numbers["points"].items()
-    }
-    found = {name: value for name, value in found.items() if value is not None}
+    kind = "differences" if numbers["against"] else "means"
+    found = {name: point[kind][measure] for name, point in numbers["points"].items() if point[kind]}
     title = MEASURES[measure][0] + (f" − {numbers['against']}" if numbers["against"] else "")
     grid = _grid(list(found), numbers)
     if grid is None:

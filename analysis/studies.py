@@ -83,7 +83,7 @@ def summarise(folder: Path, failures: Mapping[str, str] | None = None) -> StudyR
         ConfigError: a measure that is to be pictured is not known.
     """
     options = resolve(StudyOptions, {}, file=folder / "study.yaml")
-    _check_measures(options.measures)
+    check_measures(options.measures)
     points = points_of(options, folder / "before")
     runs = _finished(folder, points, options.seeds)
     rows = [_row(run, point, seed, folder) for point, seed, run in runs]
@@ -103,13 +103,24 @@ def summarise(folder: Path, failures: Mapping[str, str] | None = None) -> StudyR
     }
     numbers["pictures"] = _draw(folder, numbers, rows, curves)
     files.write_json(folder / "study.json", numbers)
-    numbers = files.read_json(folder / "study.json")  # the page is made of what is in the file
+    numbers = _in_order(files.read_json(folder / "study.json"))  # the page is made of what is in the file
     text = (folder / "study.yaml").read_text(encoding="utf-8")
     files.write_text(folder / "index.html", study_page(numbers, text, folder))
     return StudyResult(folder, numbers)
 
 
-def _check_measures(measures: Sequence[str]) -> None:
+def _in_order(numbers: dict[str, Any]) -> dict[str, Any]:
+    """With the points as the study has them; JSON is written in alphabetical order."""
+    ordered = {name: numbers["points"][name] for name in numbers["order"]}
+    return {**numbers, "points": ordered}
+
+
+def check_measures(measures: Sequence[str]) -> None:
+    """Refuse what is not measured.
+
+    Raises:
+        ConfigError: there is no measure of that name.
+    """
     for name in measures:
         if name not in MEASURES:
             raise ConfigError(
@@ -207,6 +218,7 @@ def _numbers(
         "dimensions": dimensions,
         "settings": {name: {k: shown(v) for k, v in p.settings.items()} for name, p in points.items()},
         "baselines": baselines,
+        "order": list(summary),
         "points": summary,
         "missing": [name for name in points if name not in summary],
         "chosen": best_on_validation(summary, baselines),

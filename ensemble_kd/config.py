@@ -173,7 +173,7 @@ def _mend(key: str, kind: str) -> str:
 
 def _is_branch(part: object) -> bool:
     return isinstance(part, str) and (
-        part.startswith(("dict[", "list[", "constrained", "function-")) or part == "float"
+        part.startswith(("dict[", "list[", "literal[", "constrained", "function-")) or part == "float"
     )
 
 
@@ -287,6 +287,14 @@ def _read(path: Path, option: str, loader: type[_Values] | type[_Texts]) -> dict
             f"write such lines, or check the path of {option}",
         )
     return {str(key): value for key, value in loaded.items()}
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by dotted names."""
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        result |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return result
 
 
 def to_yaml(options: Options, **resolved: Any) -> str:

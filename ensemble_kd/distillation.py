@@ -22,7 +22,7 @@ from ensemble_kd.losses import LOSSES
 from ensemble_kd.models import ModelName, parse
 from ensemble_kd.objective import Objective
 from ensemble_kd.results import compare
-from ensemble_kd.runs import OBJECTS, Run, Stopwatch, flat, surroundings
+from ensemble_kd.runs import OBJECTS, Run, Stopwatch, surroundings
 from ensemble_kd.schema import DistillOptions
 from ensemble_kd.setting import Objects, Setting, engine_of, prepare
 from ensemble_kd.shared import Shared
@@ -88,11 +88,11 @@ def go_on(run: Run, shared: Shared | None = None) -> DistillResult:
     """Finish a stopped run of `distill` whose folder is locked (see `resuming.resume`)."""
     with run.working():
         run.set_state("running")
-        run.must_match("configuration", flat(config.read_yaml(run.path("config.yaml"))))
+        run.must_match("configuration", config.flat(config.read_yaml(run.path("config.yaml"))))
         options = config.resolve(DistillOptions, {}, file=run.path("config.yaml"))
         watch = Stopwatch()
         setting, names = prepare(options, Objects({}, shared=shared or Shared()))
-        return _finish(run, setting, names, watch)
+        return finish(run, setting, names, watch)
 
 
 def distill_with(options: DistillOptions, objects: Objects) -> DistillResult:
@@ -101,6 +101,14 @@ def distill_with(options: DistillOptions, objects: Objects) -> DistillResult:
         return go_on(Run.open(options.out).locked())
     watch = Stopwatch()
     setting, names = prepare(options, objects)
+    run = new_run(setting, OBJECTS if objects else "distill")
+    with run.working():
+        return finish(run, setting, names, watch)
+
+
+def new_run(setting: Setting, verb: str = "distill") -> Run:
+    """The folder of a run, with its config.yaml; it is locked."""
+    options = setting.options
     resolved = config.to_yaml(
         options,
         augment=setting.viewing.policy,
@@ -117,14 +125,12 @@ def distill_with(options: DistillOptions, objects: Objects) -> DistillResult:
         out=None,
         overwrite=False,
     )
-    verb = OBJECTS if objects else "distill"
     run = Run.create(verb, options.out, f"{options.data}-{options.student}", options.overwrite, resolved)
     log.info("run folder %s", run.folder)
-    with run.working():
-        return _finish(run, setting, names, watch)
+    return run
 
 
-def _finish(run: Run, setting: Setting, names: Sequence[ModelName | None], watch: Stopwatch) -> DistillResult:
+def finish(run: Run, setting: Setting, names: Sequence[ModelName | None], watch: Stopwatch) -> DistillResult:
     """Everything after the run folder is there: what it holds already is not done again."""
     data = {"fingerprint": setting.data.fingerprint(), "transfer": setting.transfer.digest}
     run.must_match("data", data | {"combiner": _code_of(setting.combination.name)})
@@ -170,7 +176,8 @@ def _heaviest(ensemble: Ensemble) -> str:
     return ensemble.teachers[int(ensemble.weights.argmax())].label
 
 
-def _objective(name: str, network: Classifier, judges: Judges, setting: Setting) -> Objective:
+def objective_of(name: str, network: Classifier, judges: Judges, setting: Setting) -> Objective:
+    """What the student, or the control of that name, is trained towards."""
     options, viewing, alone = setting.options, setting.viewing, name == "labels"
     ensemble = judges.ensemble.for_measuring() if alone else judges.ensemble
     targets = judges.stored(ensemble, setting) if viewing.count else LiveTargets(ensemble)
@@ -216,7 +223,7 @@ def _train(name: str, judges: Judges, setting: Setting, run: Run) -> Classifier:
             setting.data.train if name == "labels" else setting.transfer,
             setting.data.val,
             setting.recipe,
-            _objective(name, network, judges, setting),
+            objective_of(name, network, judges, setting),
             setting.viewing,
             seed=setting.options.seed,
             device=setting.device,

@@ -65,7 +65,7 @@ def fit(
     """
     engine = engine or Engine()
     train, val = train.to(device), val.to(device)
-    _make_ready(model, train, recipe, seed)
+    make_ready(model, train, recipe, seed)
     steps_an_epoch = max(1, len(train) // recipe.batch_size)
     tapped = FeatureTap(model, "the student") if objective.features else nullcontext()
     shown = progress(description, recipe.epochs * steps_an_epoch)
@@ -79,7 +79,7 @@ def fit(
             if epoch == recipe.epochs - 1:
                 loop.stepper.take_average()
             weight = objective.weight(epoch, recipe.epochs)
-            validated = _validate(model, val, objective, weight)
+            validated = validate(model, val, objective, weight)
             if not math.isfinite(validated["loss"]):
                 raise _not_finite(description, epoch, recipe)
             row = {"epoch": epoch + 1, "step": (epoch + 1) * loop.steps, **passed, "val": validated}
@@ -95,7 +95,7 @@ def _own_random_state(device: torch.device) -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
-def _make_ready(model: Classifier, train: Images, recipe: Recipe, seed: int) -> None:
+def make_ready(model: Classifier, train: Images, recipe: Recipe, seed: int) -> None:
     """Move the model to where the images are, and give it the first weights of the recipe."""
     device = train.pixels.device
     model.to(device)
@@ -146,7 +146,8 @@ def train_on_labels(
     )
 
 
-def _validate(model: Classifier, val: Images, objective: Objective, soft_weight: float) -> dict[str, float]:
+def validate(model: Classifier, val: Images, objective: Objective, soft_weight: float) -> dict[str, float]:
+    """The measures of a row of the history on held-out images; leaves the model in eval mode."""
     model.eval()
     logits, labels, target = predict(model, val), val.labels, objective.val_target
     soft = target.soft if target is not None else None

@@ -14,10 +14,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field
 
-from ensemble_kd.config import SHORT, resolve, values_of
+from ensemble_kd.config import SHORT, flat, resolve, values_of
 from ensemble_kd.errors import ConfigError, Problem
 from ensemble_kd.fields import Count, Names
-from ensemble_kd.runs import flat
 from ensemble_kd.schema import DistillOptions, TrainOptions
 
 SOFT = (
@@ -178,8 +177,7 @@ def _partner(
     if options.baseline == "none":
         return None
     if options.baseline == LABELS:
-        arm = options.arms.get(settings.get(ARM, ""), {})
-        soft = {ARM} if all(map(_is_soft, arm)) else set()
+        soft = {ARM} if all(_is_soft(name) for arm in options.arms.values() for name in arm) else set()
         kept = {name: value for name, value in settings.items() if not (_is_soft(name) or name in soft)}
         plain = {name: value for name, value in given.items() if not _is_soft(name)}
         return {**kept, "soft_weight": 0.0}, {**plain, "soft_weight": 0.0}

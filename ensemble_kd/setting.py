@@ -32,7 +32,6 @@ from ensemble_kd.teachers.class_map import ClassMap
 from ensemble_kd.teachers.combination import Combination, check_known, find_combiner, label_free, rehearse
 from ensemble_kd.teachers.ensemble import Teacher
 from ensemble_kd.teachers.registry import can_be_trained, check_teacher, load_teacher
-from ensemble_kd.teachers.runner import Running
 from ensemble_kd.weighting import inputs_of
 
 STORED_VIEWS = 16
@@ -86,7 +85,9 @@ def prepare(options: DistillOptions, objects: Objects) -> tuple[Setting, list[Mo
         partial(parse, options.student) if student is None else lambda: None,
         partial(combination_of, options, objects.combine),
         partial(choose_device, options.device),
-        partial(_images, options, shared),
+        partial(
+            shared.once, partial(load_data, **options.load_arguments()), "data", options.load_arguments()
+        ),
         partial(_check_loss, options),
         partial(_check_top_k, options),
         partial(_check_mix, options),
@@ -109,7 +110,7 @@ def prepare(options: DistillOptions, objects: Objects) -> tuple[Setting, list[Mo
         partial(_student, options, named_student, student, data),
     )
     _check_known(options, combination, dict(zip(texts, maps, strict=True)), adapted, data.classes)
-    data = shared.once(partial(data.to, device), "data there", options.load_arguments(), device)
+    data = shared.once(partial(data.to, device), "data", options.load_arguments(), device)
     transfer = _transfer(options, data, unlabelled and unlabelled.to(device))
     recipe = recipes.student_recipe(start, len(transfer), options.training.model_dump())
     if options.soft_epochs is not None and options.soft_epochs > recipe.epochs:
@@ -124,11 +125,6 @@ def prepare(options: DistillOptions, objects: Objects) -> tuple[Setting, list[Mo
         options, data, transfer, device, start, recipe, viewing, combination, temperatures, adapted, shared
     )
     return setting, names
-
-
-def _images(options: DistillOptions, shared: Shared) -> Dataset:
-    arguments = options.load_arguments()
-    return shared.once(partial(load_data, **arguments), "data", arguments)
 
 
 def combination_of(options: CombineOptions, function: Callable[..., Tensor] | None = None) -> Combination:
@@ -389,11 +385,6 @@ def _tell_views(policy: str, views: int, still: bool) -> None:
             policy,
             VIEWS_COST,
         )
-
-
-def running_of(options: DistillOptions) -> Running:
-    """How teachers are run for targets."""
-    return Running(options.teacher_batch, options.teacher_precision)
 
 
 def engine_of(options: RunOptions, trace: Path | None = None) -> Engine:

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from ensemble_kd import files
-from ensemble_kd.analysis.studies import StudyResult, summarise
+from ensemble_kd.analysis.studies import StudyResult, check_measures, summarise
 from ensemble_kd.config import read_yaml, resolve
 from ensemble_kd.console import hushed, log, progress
+from ensemble_kd.device import choose_device
 from ensemble_kd.distillation import distill_with, go_on
 from ensemble_kd.errors import ConfigError, EkdError, RunError, TrainingError, nearest
 from ensemble_kd.grid import Point, StudyOptions, facts, points_of, to_yaml, training_before
@@ -27,6 +28,7 @@ from ensemble_kd.locks import lock
 from ensemble_kd.runs import RUNS, Run
 from ensemble_kd.setting import Objects
 from ensemble_kd.shared import Shared
+from ensemble_kd.together import distill_together, fleets
 from ensemble_kd.training import train
 
 STUDIES = Path("examples") / "studies"
@@ -63,6 +65,7 @@ def study(
     chosen = resolve(StudyOptions, options, file=file, sets=sets)
     folder = chosen.out or RUNS / f"study-{file.stem if file else '-'.join(chosen.over) or 'arms'}"
     before = folder / "before"
+    check_measures(chosen.measures)
     points, first = points_of(chosen, before), training_before(chosen, before)
     _claim(folder, chosen)
     for network in first:
@@ -134,6 +137,9 @@ def _work(folder: Path, points: Mapping[str, Point], options: StudyOptions) -> d
              len(left) - len(done), len(left))  # fmt: skip
     left, told_once = [one for one in left if one not in done], True
     with _helpers(folder, options.jobs if left else 1), progress("study", len(left)) as advance:
+        if options.fleet and choose_device(options.device).type == "cuda":
+            _fly(folder, left, options, shared, advance)
+            left = [one for one in left if not _is_finished(run_folder(folder, *one))]
         while left:
             busy = []
             for point, seed in left:
@@ -154,6 +160,29 @@ def _work(folder: Path, points: Mapping[str, Point], options: StudyOptions) -> d
                 time.sleep(_LOOK_AGAIN)
             left = busy
     return failures
+
+
+def _fly(
+    folder: Path,
+    left: Sequence[tuple[Point, int]],
+    options: StudyOptions,
+    shared: Shared,
+    advance: Callable[..., None],
+) -> None:
+    """Train what has not begun in fleets, where that can be; the rest is left."""
+    new = [one for one in left if not run_folder(folder, *one).exists()]
+    chosen = [
+        point.options(seed, out=run_folder(folder, point, seed), device=options.device) for point, seed in new
+    ]
+    for group in fleets(chosen):
+        if len(group) == 1:
+            continue
+        with hushed():
+            reason = distill_together([chosen[position] for position in group], shared)
+        if reason:
+            log.info("study: %s and others are trained one after another: %s", new[group[0]][0].name, reason)
+        else:
+            advance(len(group), note=f"a fleet of {len(group)}")
 
 
 def run_folder(folder: Path, point: Point, seed: int) -> Path:

@@ -24,7 +24,7 @@ from ensemble_kd.inference import predict
 from ensemble_kd.interrupts import deferred
 from ensemble_kd.metrics import measure
 from ensemble_kd.models import parse
-from ensemble_kd.runs import Run, Stopwatch, flat, surroundings
+from ensemble_kd.runs import Run, Stopwatch, surroundings
 from ensemble_kd.schema import TrainOptions
 from ensemble_kd.setting import engine_of
 from ensemble_kd.teachers.library import history_of, recipe_of
@@ -98,7 +98,7 @@ def go_on(run: Run) -> TrainResult:
     """Finish a stopped run of `train` whose folder is locked (see `resuming.resume`)."""
     with run.working():
         run.set_state("running")
-        run.must_match("configuration", flat(config.read_yaml(run.path("config.yaml"))))
+        run.must_match("configuration", config.flat(config.read_yaml(run.path("config.yaml"))))
         chosen = config.resolve(TrainOptions, {}, file=run.path("config.yaml"))
         return _finish(run, chosen, load_data(**chosen.load_arguments()), chosen.augment)
 

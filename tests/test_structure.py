@@ -30,9 +30,9 @@ LEVELS = [
     },
     {
         "data.copies", "data.folders", "data.unlabelled", "data.sources", "weights", "pretrained", "data", "data.inspect",
-        "curves", "objective", "inference", "stepping",
+        "curves", "objective", "inference", "stepping", "stacked",
     },
-    {"fresh", "fit", "loop", "recorded", "saving", "runs", "results"},
+    {"fresh", "fit", "fleet", "loop", "recorded", "saving", "runs", "results"},
     {
         "recipes", "tables", "teachers", "teachers.library", "teachers.class_map", "teachers.runner",
         "teachers.layout", "teachers.store", "teachers.stored",
@@ -49,7 +49,7 @@ LEVELS = [
         "analysis.style", "analysis.page", "analysis.parts", "analysis.made", "analysis.sections", "analysis.seeds",
         "analysis.verdict", "grid", "analysis.study_numbers",
     },
-    {"analysis.subjects", "resuming", "analysis.plots_study", "analysis.study_page"},
+    {"analysis.subjects", "resuming", "together", "analysis.plots_study", "analysis.study_page"},
     {"analysis.agreement", "analysis.calibration", "analysis.features", "analysis.surface", "analysis.teachers"},
     {"analysis.gather", "analysis.studies", "analysis.report"},
     {"study"},
