@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ensemble_kd.analysis.plots import picture, shorten
-from ensemble_kd.analysis.study_numbers import MEASURES, interval, told
+from ensemble_kd.analysis.study_numbers import GAINS, MEASURES, interval, told
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,9 +64,9 @@ def _band(values: Any) -> tuple[float, float]:
 
 def draw_measure(path: Path, measure: str, numbers: Numbers) -> dict[str, str]:
     """Differences to the baseline, or means where there is none: heat maps, or points with intervals."""
-    kind = "differences" if numbers["against"] else "means"
+    kind = "differences" if numbers["against"] and measure not in GAINS else "means"
     found = {name: point[kind][measure] for name, point in numbers["points"].items() if point[kind]}
-    title = MEASURES[measure][0] + (f" − {numbers['against']}" if numbers["against"] else "")
+    title = MEASURES[measure][0] + (f" − {numbers['against']}" if kind == "differences" else "")
     grid = _grid(list(found), numbers)
     if grid is None:
         _draw_points(path, measure, found, title)
@@ -107,7 +107,7 @@ def _draw_maps(
     width, height = 1.3 * len(columns) + 2.2, 0.75 * len(rows) + 1.8
     reach = max(abs(scale * value["value"]) for value in found.values()) or 1.0
     span: dict[str, Any] = {"cmap": "vlag", "vmin": -reach, "vmax": reach}
-    if not numbers["against"]:
+    if not numbers["against"] and measure not in GAINS:
         span = {"cmap": "viridis"}
     with picture(path, width * len(panels), height) as figure:
         for axis, own in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -153,7 +153,7 @@ def _draw_points(path: Path, measure: str, found: Mapping[str, Mapping[str, floa
         axis = figure.subplots()
         bars = np.nan_to_num(np.stack([values - low, high - values]))
         axis.errorbar(values, at, xerr=bars, fmt="o", capsize=3, color="#0969da")
-        if title != MEASURES[measure][0]:
+        if title != MEASURES[measure][0] or measure in GAINS:
             axis.axvline(0, color="#57606a", linewidth=1)
         axis.set_yticks(at, [shorten(name, 60) for name in names])
         axis.invert_yaxis()

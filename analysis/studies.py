@@ -27,6 +27,7 @@ from ensemble_kd.analysis.study_page import study_page
 from ensemble_kd.config import resolve
 from ensemble_kd.errors import ConfigError, RunError, nearest
 from ensemble_kd.grid import LABELS, Point, StudyOptions, points_of, shown
+from ensemble_kd.results import ENSEMBLE
 from ensemble_kd.runs import Run
 from ensemble_kd.tables import text_table
 
@@ -49,13 +50,15 @@ class StudyResult:
         """Means over seeds by point, with what may be said of them."""
         measures, points = self.numbers["measures"], self.numbers["points"]
         against = self.numbers["against"]
-        headers = ["", *(f"{MEASURES[m][0]}{', %' if MEASURES[m][1] == 100 else ''}" for m in measures)]
-        headers += [f"{MEASURES[m][0]} − {against}" for m in measures if against]
+        percent = {m: ", %" if MEASURES[m][1] == 100 else "" for m in measures}
+        headers = ["", *(f"{m}{percent[m]}" for m in measures)]
+        headers += [f"Δ {m}" for m in measures if against]
         rows = [[name, *_cells(point, measures, bool(against))] for name, point in points.items()]
         seeds = max((len(point["seeds"]) for point in points.values()), default=0)
         count = "1 seed" if seeds == 1 else f"{seeds} seeds, 95 % t intervals"
         title = f"{self.numbers['data']}, test split, {self.numbers['n']:,} images, {count}"
-        return "\n".join([text_table(headers, rows, title), *self.numbers["sentences"]])
+        delta = [f"Δ is the difference to {against}, paired by seed."] if against else []
+        return "\n".join([text_table(headers, rows, title), *delta, *self.numbers["sentences"]])
 
 
 def _cells(point: Mapping[str, Any], measures: Sequence[str], compared: bool) -> list[str]:
@@ -161,10 +164,26 @@ def _row(run: Run, point: Point, seed: int, folder: Path) -> dict[str, Any]:
         "early_accuracy": early,
         "plateau_epoch": plateau,
         **measured,
+        **_gains(run, metrics),
         "steps": history[-1]["step"],
         "seconds": round(sum(metrics["seconds"].values()), 3),
         "run": run.folder.relative_to(folder).as_posix(),
     }
+
+
+def _gains(run: Run, metrics: Mapping[str, Any]) -> dict[str, float]:
+    """How much nearer to its teachers the student is than each control; see `study_numbers.GAINS`."""
+    found = {f"agreement_over_{name}": d["agreement"]["value"] for name, d in metrics["differences"].items()}
+    for name in ("surface", "features"):
+        path = run.path("analysis") / f"{name}.json"
+        made = files.read_json(path) if path.is_file() else {"gains": []}
+        if name == "surface":
+            gains = {g["control"]: g["gain"]["value"] for g in made["gains"] if g["target"] == ENSEMBLE}
+            found |= {f"planes_over_{control}": value for control, value in gains.items()}
+        else:
+            gains = {c: g["mean"]["penultimate"]["value"] for c, g in dict(made["gains"]).items()}
+            found |= {f"cka_over_{control}": value for control, value in gains.items()}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _curve(run: Run, point: Point, seed: int) -> list[dict[str, Any]]:

@@ -26,6 +26,23 @@ MEASURES: dict[str, tuple[str, float, int, str]] = {
     "plateau_epoch": ("first epoch within a point of the best validation accuracy", 1, 1, " epochs"),
 }
 """Title, scale, digits and unit of what is measured of each run; all but the last three on the test split."""
+_GAINS = {
+    "agreement": ("agreement with the ensemble", 100, 2, " points"),
+    "planes": ("reproducibility of the ensemble's decision planes", 100, 2, " points"),
+    "cka": ("CKA with the teachers (penultimate)", 1, 4, ""),
+}
+_CONTROLS = {
+    "labels": "a student on labels",
+    "independent": "a student of independent teachers",
+    "best-teacher": "a student of the best teacher",
+}
+GAINS = {
+    f"{name}_over_{control}": (f"{title} gained over {whom}", *rest)
+    for name, (title, *rest) in _GAINS.items()
+    for control, whom in _CONTROLS.items()
+}
+"""How much nearer to its teachers a student is than a control of the same run."""
+MEASURES |= GAINS  # type: ignore[arg-type]
 LOWER_IS_BETTER = ("nll", "ece", "teacher_student_cross_entropy", "teacher_student_kl", "plateau_epoch")
 
 
@@ -66,7 +83,7 @@ def summarise_points(
 
     Returns:
         By point: `seeds`, `means` and `differences` by measure. A difference is paired by seed; beside the 95 %
-        interval it has `all_low` and `all_high`, which hold for all points of the study together.
+        intervals there are `all_low` and `all_high`, which hold for all points of the study together.
     """
     found = {name: {row["seed"]: row for row in rows if row["point"] == name} for name in baselines}
     compared = sum(1 for name, other in baselines.items() if other is not None and found[name])
@@ -74,19 +91,19 @@ def summarise_points(
     for name, by_seed in found.items():
         if not by_seed:
             continue
-        own = {m: interval([row[m] for row in by_seed.values()]) for m in measures}
+        own = {m: _together([row[m] for row in by_seed.values()], len(found)) for m in measures}
         points[name] = {"seeds": sorted(by_seed), "means": own, "differences": {}}
         other = found.get(baselines[name] or "", {})
         both = sorted(by_seed.keys() & other.keys())
         if both:
             points[name]["differences"] = {
-                measure: _difference([by_seed[s][measure] - other[s][measure] for s in both], compared)
+                measure: _together([by_seed[s][measure] - other[s][measure] for s in both], compared)
                 for measure in measures
             }
     return points
 
 
-def _difference(values: Sequence[float], comparisons: int) -> dict[str, Any]:
+def _together(values: Sequence[float], comparisons: int) -> dict[str, Any]:
     together = interval(values, comparisons)
     return {**interval(values), "all_low": together["low"], "all_high": together["high"]}
 
@@ -146,6 +163,11 @@ def sentences(
         return ["One seed a point: its differences may be those of the seed, so nothing is said of them."]
     said = []
     for measure in measures:
+        if measure in GAINS:
+            said.append(
+                _count(measure, {n: p["means"][measure] for n, p in points.items()}, "nothing", seeds)
+            )
+            continue
         differences = {name: p["differences"][measure] for name, p in points.items() if p["differences"]}
         if differences:
             said.append(_count(measure, differences, against, seeds))

@@ -62,6 +62,9 @@ class StudyOptions(DistillOptions):
     question: str = Field("", description="what the study asks, in words")
     measures: Names = Field(["accuracy", "agreement", "nll"], description="measures that are pictured")
     controls: Names = Field([], description="of each point; the study has a baseline of its own")
+    analyses: list[Literal["features", "surface"]] = Field(
+        [], description="made of every run, beside its controls: features, surface"
+    )
     jobs: Count = Field(1, description="processes that share the points")
     fleet: bool = Field(True, description="train points that differ in numbers only together, on a GPU")
 
@@ -237,7 +240,19 @@ def _check(points: list[Point]) -> None:
 
 def facts(options: StudyOptions) -> dict[str, Any]:
     """What all points of a study depend on, besides their own settings."""
-    free = {"seed", "device", "over", "seeds", "baseline", "question", "measures", "fleet", "arms", "before"}
+    free = {
+        "analyses",
+        "seed",
+        "device",
+        "over",
+        "seeds",
+        "baseline",
+        "question",
+        "measures",
+        "fleet",
+        "arms",
+        "before",
+    }
     shared = json.loads(StudyOptions.model_dump_json(options, exclude_unset=True))
     left_out = free | {"study", "out", "overwrite", "jobs"}
     kept = {name: value for name, value in shared.items() if name not in left_out}

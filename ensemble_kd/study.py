@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from ensemble_kd import files
+from ensemble_kd.analysis.features import analyze_features
 from ensemble_kd.analysis.studies import StudyResult, check_measures, summarise
+from ensemble_kd.analysis.surface import analyze_surface
 from ensemble_kd.config import read_yaml, resolve
 from ensemble_kd.console import hushed, log, progress
 from ensemble_kd.device import choose_device
@@ -32,6 +34,7 @@ from ensemble_kd.together import distill_together, fleets
 from ensemble_kd.training import train
 
 STUDIES = Path("examples") / "studies"
+_ANALYSES: dict[str, Callable[..., object]] = {"features": analyze_features, "surface": analyze_surface}
 _LOOK_AGAIN = 0.5
 """Seconds between two looks at points that other processes work on."""
 
@@ -132,14 +135,14 @@ def _work(folder: Path, points: Mapping[str, Point], options: StudyOptions) -> d
     """Finish every point; returns those that cannot be finished, with the reason."""
     left = [(point, seed) for seed in range(options.seeds) for point in points.values()]
     shared, failures = Shared(pictures=False), {}
-    done = [one for one in left if _is_finished(run_folder(folder, *one))]
+    done = [one for one in left if _is_done(run_folder(folder, *one), options)]
     log.info("study: %d points, %d seeds, %d of %d runs are left", len(points), options.seeds,
              len(left) - len(done), len(left))  # fmt: skip
     left, told_once = [one for one in left if one not in done], True
     with _helpers(folder, options.jobs if left else 1), progress("study", len(left)) as advance:
         if options.fleet and choose_device(options.device).type == "cuda":
             _fly(folder, left, options, shared, advance)
-            left = [one for one in left if not _is_finished(run_folder(folder, *one))]
+            left = [one for one in left if not _is_done(run_folder(folder, *one), options)]
         while left:
             busy = []
             for point, seed in left:
@@ -194,6 +197,12 @@ def _is_finished(folder: Path) -> bool:
     return (folder / "status.json").is_file() and Run.open(folder).status()["state"] == "finished"
 
 
+def _is_done(folder: Path, options: StudyOptions) -> bool:
+    """Whether the run is finished and analysed."""
+    made = all((folder / "analysis" / f"{name}.json").is_file() for name in options.analyses)
+    return made and _is_finished(folder)
+
+
 def _finish(folder: Path, point: Point, seed: int, options: StudyOptions, shared: Shared) -> bool:
     """Make or go on with a run; False where another process is at it."""
     try:
@@ -205,8 +214,11 @@ def _finish(folder: Path, point: Point, seed: int, options: StudyOptions, shared
             distill_with(chosen, Objects({}, shared=shared))
     except RunError:
         if _is_busy(folder) or _is_finished(folder):
-            return _is_finished(folder)
+            return _is_done(folder, options)
         raise
+    for name in options.analyses:
+        if not (folder / "analysis" / f"{name}.json").is_file():
+            _ANALYSES[name](folder, quick=True, device=options.device)
     return True
 
 
