@@ -128,26 +128,25 @@ def finished(tmp_path_factory: pytest.TempPathFactory, _own_cache: None, curves:
 
     Of the processes that run tests together the first that needs it makes it.
     """
-    root, cache = tmp_path_factory.getbasetemp(), Path(os.environ["EKD_CACHE"])
+    root = tmp_path_factory.getbasetemp()
     shared = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "shared"
     with FileLock(f"{shared}.lock"):
         if not (shared / "cache").is_dir():
             shutil.rmtree(shared, ignore_errors=True)
-            curves.drawn = True
-            distill(
-                ["lenet", "resnet8"],
-                "lenet",
-                controls="labels,best-teacher,independent",
-                epochs=4,
-                teacher_epochs=2,
-                limit_train=400,
-                out=shared / "finished",
-            )
-            curves.drawn = False
-            shutil.copytree(cache, shared / "making")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("EKD_CACHE", str(shared / "making"))
+                patch.setattr(curves, "drawn", True)
+                distill(
+                    ["lenet", "resnet8"],
+                    "lenet",
+                    controls="labels,best-teacher,independent",
+                    epochs=4,
+                    teacher_epochs=2,
+                    limit_train=400,
+                    out=shared / "finished",
+                )
             (shared / "making").rename(shared / "cache")
-        else:
-            shutil.copytree(shared / "cache", cache, dirs_exist_ok=True)  # its teachers
+    shutil.copytree(shared / "cache", os.environ["EKD_CACHE"], dirs_exist_ok=True)  # its teachers
     folder = shared / "finished"
     return DistillResult(folder, Run.open(folder).metrics(), load_student(folder))
 
