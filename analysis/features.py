@@ -251,7 +251,8 @@ def _rotations(
 ) -> tuple[dict[tuple[str, str], dict[str, Any]], dict[str, Any]]:
     """Procrustes of the penultimate features of each pair with that by chance, and of how many images it is."""
     widest = max(features.shape[1] for features in seen.features.values())
-    count, about = len(seen), {"images": len(seen)}
+    count = len(seen)
+    about: dict[str, Any] = {"images": count}
     if count > MOST_ROTATED and widest > MOST_ROTATED:
         count = MOST_ROTATED
         why = f"one network has {widest:,} penultimate features, and time grows with the cube of both"

@@ -73,7 +73,7 @@ class Gathering:
 
     def numbers(self, advance: Callable[..., None]) -> dict[str, Any]:
         """All numbers of the run; `advance` is called after each analysis."""
-        found = {
+        found: dict[str, Any] = {
             "name": self.name,
             "folder": str(self.run.folder),
             "metrics": self.metrics,

@@ -499,12 +499,14 @@ def test_the_student_itself_comes_nearer_to_a_teachers_features(teachers, few_di
     assert all(one.equal(other) for one, other in zip(before, term.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("augment", ["none", "crop-flip"])
-def test_stored_and_live_features_train_nearly_the_same_student(tmp_path, digits, augment):
+@pytest.mark.parametrize(("second", "augment"), [("{}:vit@own", "none"), ("resnet8", "crop-flip")])
+def test_stored_and_live_features_train_nearly_the_same_student(tmp_path, digits, modules, second, augment):
     """Over two epochs of two views, which are the first two of fresh ones."""
     options = {"augment": augment, "controls": "none", "feature_weight": 1, "soft_weight": 0.5, **QUICK}
     live, stored = (
-        distill("lenet,resnet8", "lenet", views=views, out=tmp_path / f"v{views}", **options)
+        distill(
+            ["lenet", second.format(modules)], "lenet", views=views, out=tmp_path / f"v{views}", **options
+        )
         for views in (0, 2)
     )
     with torch.no_grad():
