@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,8 +75,14 @@ def _dots(axis: Axes, rows: Rows, networks: Sequence[str], measure: str) -> None
         y = np.arange(len(rows)) + 0.3 * (place - (len(networks) - 1) / 2)
         axis.hlines(y, low, high, color=colour, linewidth=1.5, alpha=0.6)
         axis.plot(value, y, "os"[place], color=colour, markersize=4, label=shorten(name))
-    axis.set_xlim(-2, 102)
+    axis.set_xlim(_least(rows, networks) - 2, 102)
     axis.tick_params(labelsize=8)
+
+
+def _least(rows: Rows, networks: Sequence[str]) -> float:
+    """The tens below the lowest end of an interval, so that models that are good can be told apart."""
+    lows = [row[key][name]["low"] for row in rows for key in ("accuracy", "agreement") for name in networks]
+    return 10 * math.floor(10 * min(lows))
 
 
 def _alt(rows: Rows, networks: Sequence[str], reference: str) -> str:
