@@ -46,7 +46,8 @@ class Report:
             for finding in run["findings"]:
                 lines += [f"  {finding['question']}", *(f"    {line}" for line in finding["sentences"])]
             lines.append("")
-        return "\n".join([*lines, *(group["sentence"] for group in self.numbers["groups"])]).strip()
+        said = [line for group in self.numbers["groups"] for line in group["sentences"]]
+        return "\n".join([*lines, *said]).strip()
 
 
 def report(
@@ -107,7 +108,7 @@ def _write(
             "command": shlex.join(sys.argv),
             "settings": {"quick": options.quick, "images": options.images, "seed": options.seed},
             "runs": told,
-            "groups": [{**group, "sentence": over_seeds(group)} for group in groups(told)],
+            "groups": [{**group, "sentences": over_seeds(group)} for group in groups(told)],
         },
     )
     # The page is made of what is in the file, so that the two cannot differ.
