@@ -12,11 +12,18 @@ from scipy import stats
 from ensemble_kd.metrics import Measure
 
 
-def t_interval(values: Sequence[float] | np.ndarray) -> Measure:
-    """The mean of n ≥ 2 values with its 95 % interval by Student's t."""
+def t_interval(values: Sequence[float] | np.ndarray, comparisons: int = 1) -> Measure:
+    """The mean of values with its 95 % interval by Student's t, which one value does not have: NaN.
+
+    Args:
+        comparisons: how many such intervals are to hold together with 95 % (Bonferroni).
+    """
     array = np.asarray(values, dtype=np.float64)
     mean = float(array.mean())
-    half = float(stats.t.ppf(0.975, len(array) - 1) * array.std(ddof=1) / len(array) ** 0.5)
+    if len(array) < 2:
+        return Measure(value=mean, low=math.nan, high=math.nan)
+    quantile = float(stats.t.ppf(1 - 0.025 / comparisons, len(array) - 1))
+    half = float(quantile * array.std(ddof=1) / len(array) ** 0.5)
     return Measure(value=mean, low=mean - half, high=mean + half)
 
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ensemble_kd.analysis.intervals import interval, t_interval
 from ensemble_kd.analysis.plots import picture, shorten
-from ensemble_kd.analysis.study_numbers import GAINS, MEASURES, interval, told
+from ensemble_kd.analysis.study_numbers import GAINS, MEASURES, told
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,7 +59,7 @@ def _hue(numbers: Numbers) -> str:
 
 
 def _band(values: Any) -> tuple[float, float]:
-    found = interval(list(values))
+    found = t_interval(list(values))
     return found["low"], found["high"]
 
 
@@ -132,12 +133,7 @@ def _heat_map(
     _, scale, digits, _ = MEASURES[measure]
     values = np.array([[scale * cell["value"] for cell in line] for line in cells])
     notes = [
-        [
-            f"{scale * cell['value']:+.{digits}f}\n"
-            f"[{scale * cell['low']:+.{digits}f}, {scale * cell['high']:+.{digits}f}]"
-            for cell in line
-        ]
-        for line in cells
+        [interval(cell, scale, digits, sign="+").replace(" ", "\n", 1) for cell in line] for line in cells
     ]
     sns.heatmap(values, annot=np.array(notes), fmt="", annot_kws={"size": 7}, ax=axis, **span)
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ensemble_kd import __version__, files
+from ensemble_kd.analysis.intervals import interval
+from ensemble_kd.analysis.likeness import gains
 from ensemble_kd.analysis.plots_study import draw_curves, draw_measure
 from ensemble_kd.analysis.study_numbers import (
     MEASURES,
@@ -27,10 +29,11 @@ from ensemble_kd.analysis.study_page import study_page
 from ensemble_kd.config import resolve
 from ensemble_kd.errors import ConfigError, RunError, nearest
 from ensemble_kd.grid import LABELS, Point, StudyOptions, points_of, shown
-from ensemble_kd.results import ENSEMBLE
 from ensemble_kd.runs import Run
 from ensemble_kd.tables import text_table
 
+_LIKENESS = {"planes": ("surface", "planes"), "cka": ("features", "penultimate")}
+"""Analysis and measure of `likeness.gains`, by the name they have here."""
 _CURVES = ("accuracy", "loss", "teacher_student_cross_entropy")
 
 
@@ -65,9 +68,9 @@ def _cells(point: Mapping[str, Any], measures: Sequence[str], compared: bool) ->
     cells = []
     for measure in measures:
         _, scale, digits, _ = MEASURES[measure]
-        value, low, high = (scale * (point["means"][measure][key] or 0) for key in ("value", "low", "high"))
-        spread = f" [{low:.{digits}f}, {high:.{digits}f}]" if len(point["seeds"]) > 1 else ""
-        cells.append(f"{value:.{digits}f}{spread}")
+        mean = point["means"][measure]
+        several = len(point["seeds"]) > 1
+        cells.append(interval(mean, scale, digits) if several else f"{scale * mean['value']:.{digits}f}")
     if compared:
         own = point["differences"]
         cells += [told(m, own[m], whole=False) if own else "" for m in measures]
@@ -174,15 +177,12 @@ def _row(run: Run, point: Point, seed: int, folder: Path) -> dict[str, Any]:
 def _gains(run: Run, metrics: Mapping[str, Any]) -> dict[str, float]:
     """How much nearer to its teachers the student is than each control; see `study_numbers.GAINS`."""
     found = {f"agreement_over_{name}": d["agreement"]["value"] for name, d in metrics["differences"].items()}
-    for name in ("surface", "features"):
-        path = run.path("analysis") / f"{name}.json"
-        made = files.read_json(path) if path.is_file() else {"gains": []}
-        if name == "surface":
-            gains = {g["control"]: g["gain"]["value"] for g in made["gains"] if g["target"] == ENSEMBLE}
-            found |= {f"planes_over_{control}": value for control, value in gains.items()}
-        else:
-            gains = {c: g["mean"]["penultimate"]["value"] for c, g in dict(made["gains"]).items()}
-            found |= {f"cka_over_{control}": value for control, value in gains.items()}
+    analyses = {name: run.path("analysis") / f"{name}.json" for name in ("surface", "features")}
+    made = {name: files.read_json(path) for name, path in analyses.items() if path.is_file()}
+    for name, (analysis, measure) in _LIKENESS.items():
+        if analysis in made:
+            gained = gains({"metrics": metrics, **made}, measure)
+            found |= {f"{name}_over_{control}": gain["value"] for control, gain in gained.items()}
     return {name: value for name, value in found.items() if value is not None}
 
 

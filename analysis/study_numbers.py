@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from scipy import stats
-
-from ensemble_kd.metrics import Measure
+from ensemble_kd.analysis.intervals import interval, t_interval
 
 Row = Mapping[str, Any]
 
@@ -56,22 +52,6 @@ def early_and_plateau(accuracies: Sequence[float]) -> tuple[float, int]:
     return sum(first) / len(first), next(n for n, value in enumerate(accuracies, 1) if value >= near)
 
 
-def interval(values: Sequence[float], comparisons: int = 1) -> Measure:
-    """The mean of values from several seeds with its t interval; NaN bounds where there is one.
-
-    Args:
-        values: one a seed.
-        comparisons: of how many intervals all together are to hold with 95 % (Bonferroni).
-    """
-    array = np.asarray(values, dtype=np.float64)
-    mean = float(array.mean())
-    if len(array) < 2:
-        return Measure(value=mean, low=math.nan, high=math.nan)
-    quantile = float(stats.t.ppf(1 - 0.025 / comparisons, len(array) - 1))
-    half = quantile * float(array.std(ddof=1)) / math.sqrt(len(array))
-    return Measure(value=mean, low=mean - half, high=mean + half)
-
-
 def summarise_points(
     rows: Sequence[Row], baselines: Mapping[str, str | None], measures: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
@@ -104,8 +84,8 @@ def summarise_points(
 
 
 def _together(values: Sequence[float], comparisons: int) -> dict[str, Any]:
-    together = interval(values, comparisons)
-    return {**interval(values), "all_low": together["low"], "all_high": together["high"]}
+    together = t_interval(values, comparisons)
+    return {**t_interval(values), "all_low": together["low"], "all_high": together["high"]}
 
 
 def best_on_validation(points: Mapping[str, Row], baselines: Mapping[str, str | None]) -> str | None:
@@ -139,15 +119,14 @@ def effect(rows: Sequence[Row], dimension: str, measure: str) -> dict[str, Any] 
     ranked = sorted(by_value, key=lambda value: sum(chosen[value]) / len(chosen[value]))
     worst, best = ranked[0], ranked[-1]
     apart = [by_value[best][seed] - by_value[worst][seed] for seed in sorted(by_value[best])]
-    means = {value: interval(list(by_seed.values())) for value, by_seed in by_value.items()}
-    return {"means": means, "best": best, "worst": worst, "difference": interval(apart)}
+    means = {value: t_interval(list(by_seed.values())) for value, by_seed in by_value.items()}
+    return {"means": means, "best": best, "worst": worst, "difference": t_interval(apart)}
 
 
 def told(measure: str, difference: Row, whole: bool = True) -> str:
     """A difference with its interval in words, `+0.31 points [-0.20, +0.82]`."""
     _, scale, digits, unit = MEASURES[measure]
-    value, low, high = (scale * float(difference[key] or 0.0) for key in ("value", "low", "high"))
-    return f"{value:+.{digits}f}{unit if whole else ''} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return interval(difference, scale, digits, unit if whole else "", "+")
 
 
 def sentences(
@@ -165,7 +144,7 @@ def sentences(
     for measure in measures:
         if measure in GAINS:
             said.append(
-                _count(measure, {n: p["means"][measure] for n, p in points.items()}, "nothing", seeds)
+                _count(measure, {n: p["means"][measure] for n, p in points.items()}, "0", seeds)
             )
             continue
         differences = {name: p["differences"][measure] for name, p in points.items() if p["differences"]}

@@ -19,12 +19,12 @@ from scipy import stats
 
 import ensemble_kd
 from ensemble_kd import study as module
+from ensemble_kd.analysis.intervals import t_interval
 from ensemble_kd.analysis.studies import StudyResult
 from ensemble_kd.analysis.study_numbers import (
     best_on_validation,
     early_and_plateau,
     effect,
-    interval,
     sentences,
     summarise_points,
 )
@@ -241,8 +241,8 @@ def rows(values: dict[str, Sequence[float]]) -> list[dict[str, Any]]:
 def test_intervals_are_students_t_and_of_one_seed_none() -> None:
     values = [0.1, 0.4, 0.35, 0.8]
     low, high = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
-    assert list(interval(values).values()) == pytest.approx([np.mean(values), low, high], rel=1e-12)
-    assert np.isnan([interval([1.0])["low"], interval([1.0])["high"]]).all()
+    assert list(t_interval(values).values()) == pytest.approx([np.mean(values), low, high], rel=1e-12)
+    assert np.isnan([t_interval([1.0])["low"], t_interval([1.0])["high"]]).all()
 
 
 def test_differences_are_paired_by_seed_where_both_have_it() -> None:
