@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import IO
 
 import numpy as np
 import torch
@@ -223,7 +224,7 @@ def read_headers(folder: Folder) -> None:
             modes |= seen
             broken += problems
             advance(_BLOCK)
-    folder.grey = all(mode in ("1", "L") or mode.startswith("I;16") for mode in modes)
+    folder.grey = all(map(is_grey, modes))
     folder.errors += shortened(broken)
 
 
@@ -233,18 +234,34 @@ def _headers(files: Files, start: int) -> tuple[Counter[tuple[int, int]], set[st
     modes, problems = set(), []
     for position in range(start, min(start + _BLOCK, len(files))):
         try:
-            with open(files.open_name(position), "rb") as file, Image.open(file) as image:
-                if image.width * image.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
-                    raise Image.DecompressionBombError
-                # Of any image, as that of PNGs would decode them to look behind their pixels.
-                turned = Image.Image.getexif(image).get(_ORIENTATION, 1) in (5, 6, 7, 8)
-                shapes[image.size[::-1] if turned else image.size] += 1
-                modes.add(image.mode)
+            with open(files.open_name(position), "rb") as file:
+                shape, mode = look_at(file)
+                shapes[shape] += 1
+                modes.add(mode)
                 facts = os.fstat(file.fileno())
                 files.lengths[position], files.changed[position] = facts.st_size, facts.st_mtime_ns
         except Exception as error:  # Pillow's decoders raise many kinds
             problems.append(files.problem(position, error))
     return shapes, modes, problems
+
+
+def look_at(file: IO[bytes]) -> tuple[tuple[int, int], str]:
+    """(width, height) of an image when it stands upright, and its mode, from its header.
+
+    Raises:
+        Exception: of many kinds, from Pillow, where it is no image, or one that is too large.
+    """
+    with Image.open(file) as image:
+        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
+            raise Image.DecompressionBombError
+        # Of any image, as that of PNGs would decode them to look behind their pixels.
+        turned = Image.Image.getexif(image).get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        return image.size[::-1] if turned else image.size, image.mode
+
+
+def is_grey(mode: str) -> bool:
+    """Whether images of this mode of Pillow's have no colours."""
+    return mode in ("1", "L") or mode.startswith("I;16")
 
 
 def default_size(folder: Folder) -> tuple[int, int]:
@@ -299,15 +316,17 @@ def _labelled(folder: Folder, split: str, pixels: Tensor | FilePixels, first_id:
     return Images(pixels, folder.labels.get(split), torch.arange(first_id, first_id + len(pixels)))
 
 
-def load_folder(
-    path: Path, test_fraction: float, size: int | None, how: str = "auto"
+def load_scanned(
+    folder: Folder, test_fraction: float, size: int | None, how: str = "auto"
 ) -> tuple[Images, Images | None, Images, tuple[str, ...]]:
-    """(train, val or None, test, class names) of an image folder.
+    """(train, val or None, test, class names) of what was found.
 
     `val/` beside `test/` is the validation split; `val/` alone is the test split, as for ImageNet. `how`
     images are decoded is one of `DECODE`.
+
+    Raises:
+        DataError: with everything that is wrong.
     """
-    folder = scan(path)
     folder.check()
     shape = (size, size) if size else default_size(folder)
     take = left_in_files if stays_in_files(folder, shape, how) else decode
