@@ -52,7 +52,8 @@ class DataOptions(Options):
     """Which images."""
 
     data: str = Field(
-        "digits", description="digits, mnist, fashion-mnist, cifar10, cifar100 or imagefolder:PATH"
+        "digits",
+        description="digits, mnist, fashion-mnist, cifar10, cifar100, imagefolder:PATH, tars:PATH or csv:FILE",
     )
     data_root: Path | None = Field(
         None, description="where the files of a named source lie, or are downloaded to"

@@ -26,10 +26,11 @@ LEVELS = [
     },
     {
         "config", "classifier", "models", "features", "data.hashing", "data.crops", "data.mixing", "data.trivial",
-        "data.views", "data.archives", "data.streams", "data.dataset",
+        "data.views", "data.archives", "data.headers", "data.shards", "data.streams", "data.dataset",
     },
     {
-        "data.copies", "data.folders", "data.unlabelled", "data.sources", "weights", "pretrained", "data", "data.inspect",
+        "data.copies", "data.folders", "data.labels", "data.lists", "data.tar_index", "data.tars", "data.unlabelled",
+        "data.sources", "weights", "pretrained", "data", "data.inspect",
         "curves", "objective", "inference", "stepping",
     },
     {"fresh", "fit", "loop", "recorded", "saving", "runs", "results"},
