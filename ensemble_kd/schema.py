@@ -53,7 +53,10 @@ class DataOptions(Options):
 
     data: str = Field(
         "digits",
-        description="digits, mnist, fashion-mnist, cifar10, cifar100, imagefolder:PATH, tars:PATH or csv:FILE",
+        description="digits, mnist, fashion-mnist, cifar10, cifar100, imagefolder:PATH, tars:PATH, csv:FILE or hf:NAME",
+    )
+    data_columns: Names | None = Field(
+        None, description="of hf:NAME, the columns of images and labels, where they are not clear"
     )
     data_root: Path | None = Field(
         None, description="where the files of a named source lie, or are downloaded to"
@@ -73,7 +76,8 @@ class DataOptions(Options):
     def load_arguments(self) -> dict[str, Any]:
         """The arguments of `data.load_data`."""
         names = ("split", "val_fraction", "split_seed", "image_size", "limit_train", "decode", "offline")
-        return {"source": self.data, "root": self.data_root, **{name: getattr(self, name) for name in names}}
+        chosen = {"source": self.data, "root": self.data_root, "columns": self.data_columns}
+        return {**chosen, **{name: getattr(self, name) for name in names}}
 
 
 class InspectOptions(DataOptions):

@@ -196,7 +196,7 @@ WRONG = {
     "misspelt data": (
         ["--teachers", "lenet", "--data", "digit"],
         "error: unknown data source 'digit'\n"
-        "  why: known are digits, mnist, fashion-mnist, cifar10, cifar100, imagefolder:PATH, tars:PATH and csv:FILE\n"
+        "  why: known are digits, mnist, fashion-mnist, cifar10, cifar100, imagefolder:PATH, tars:PATH, csv:FILE and hf:NAME\n"
         "  fix: did you mean 'digits'?\n",
     ),
     "teacher size too small": (

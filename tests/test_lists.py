@@ -164,7 +164,7 @@ def test_all_that_is_wrong_is_told_and_many_are_counted():
     told = inspect_data("csv:l.csv")["errors"]
     assert len(told) == 11
     assert told[0] == message("l.csv, line 3: the label is empty", "every line names a class", LINE)
-    assert told[10] == "and 591 more lines that cannot be used"
+    assert told[10] == "and 590 more lines that cannot be used"
 
 
 def test_a_list_without_test_images_and_copies_between_splits_are_told():

@@ -29,8 +29,8 @@ LEVELS = [
         "data.views", "data.archives", "data.headers", "data.shards", "data.streams", "data.dataset",
     },
     {
-        "data.copies", "data.folders", "data.labels", "data.lists", "data.tar_index", "data.tars", "data.unlabelled",
-        "data.sources", "weights", "pretrained", "data", "data.inspect",
+        "data.copies", "data.folders", "data.hf", "data.labels", "data.lists", "data.tar_index", "data.tars",
+        "data.unlabelled", "data.sources", "weights", "pretrained", "data", "data.inspect",
         "curves", "objective", "inference", "stepping",
     },
     {"fresh", "fit", "loop", "recorded", "saving", "runs", "results"},

@@ -249,12 +249,13 @@ def _headers(files: Files, start: int) -> tuple[Counter[tuple[int, int]], set[st
     modes, problems = set(), []
     for position in range(start, min(start + _BLOCK, len(files))):
         try:
-            with open(files.open_name(position), "rb") as file:
+            with files.open(position) as file:
                 shape, mode = look_at(file)
                 shapes[shape] += 1
                 modes.add(mode)
-                facts = os.fstat(file.fileno())
-                files.lengths[position], files.changed[position] = facts.st_size, facts.st_mtime_ns
+                if files.inside is None:
+                    facts = os.fstat(file.fileno())
+                    files.lengths[position], files.changed[position] = facts.st_size, facts.st_mtime_ns
         except Exception as error:  # Pillow's decoders raise many kinds
             problems.append(files.problem(position, error))
     return shapes, modes, problems

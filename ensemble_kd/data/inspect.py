@@ -41,7 +41,7 @@ def inspect_data(
     errors: list[Problem] = []
     warnings: list[Problem] = []
     facts: dict[str, Any] = {"data": source}
-    folder = scanned(source)
+    folder = scanned(source, options.get("columns"), options.get("offline", False))
     if folder is not None:
         errors, warnings = folder.errors, folder.warnings
         facts["file_sizes"] = {f"{w}×{h}": n for (w, h), n in sorted(folder.shapes.items())}

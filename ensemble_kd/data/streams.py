@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
@@ -34,6 +34,13 @@ _TAIL = 4096
 _GAP = 3  # Pillow's documentation calls a reduction up to this times the size as good as none
 
 
+class Inside(Protocol):
+    """What images lie in, such as shards."""
+
+    def read(self, position: int, start: int, length: int) -> bytes:
+        """`length` bytes of an image, from its byte `start` on, or an OSError."""
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Files:
     """Image files below one folder, in a fixed order: a few bytes an image, shared by all splits of them."""
@@ -45,8 +52,8 @@ class Files:
     """In bytes, int64 (N,)."""
     changed: np.ndarray
     """When each file was changed, in nanoseconds, int64 (N,)."""
-    shards: Shards | None = None
-    """Where the files lie, if they are members of shards; their names then start with the shard's."""
+    inside: Inside | None = None
+    """What the images lie in, if they are no files of their own; their names then start with its name."""
     fix: str = "replace or delete the file"
     """What to do about one that cannot be read."""
 
@@ -67,10 +74,20 @@ class Files:
         """The path to open a file by."""
         return f"{self._base}/{self.names[position]}"
 
+    def open(self, position: int) -> IO[bytes]:
+        """An image to read from.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        if self.inside is None:
+            return open(self.open_name(position), "rb")
+        return io.BytesIO(self.content(position, 0, int(self.lengths[position])))
+
     def problem(self, position: int, error: Exception) -> Problem:
         """Why a file cannot be read, under the path that the user knows it by."""
         what, path = f"cannot read {self.root / self.names[position]}", self.open_name(position)
-        if self.shards is None and not os.path.exists(path):
+        if self.inside is None and not os.path.exists(path):
             gone = "it is a link to a file that is not there" if os.path.islink(path) else "the file is gone"
             return Problem(what, gone, self.fix)
         try:
@@ -85,8 +102,8 @@ class Files:
         Raises:
             OSError: it cannot be read.
         """
-        if self.shards is not None:
-            return self.shards.read(position, start, min(length, int(self.lengths[position]) - start))
+        if self.inside is not None:
+            return self.inside.read(position, start, min(length, int(self.lengths[position]) - start))
         with open(self.open_name(position), "rb") as file:
             file.seek(start)
             return file.read(length)
@@ -94,10 +111,8 @@ class Files:
     def read(self, position: int, out: np.ndarray) -> Problem | None:
         """Decode one file into `out` (C, H, W), uint8; returns what is wrong with it."""
         try:
-            if self.shards is None:
-                decode_file(self.open_name(position), out)
-            else:
-                decode_file(io.BytesIO(self.content(position, 0, int(self.lengths[position]))), out)
+            with self.open(position) as file:
+                decode_file(file, out)
         except Exception as error:  # Pillow's decoders raise many kinds
             return self.problem(position, error)
         return None
@@ -275,12 +290,12 @@ class FilePixels:
     @cached_property
     def blocks(self) -> Tensor | None:
         """How many images follow each other in the same shard, int64 in their order; None if not all are in shards."""
-        shards = [part.shards for part in self.parts if isinstance(part, Files)]
-        known = [shard.which for shard in shards if shard is not None]
-        if len(known) < len(self.parts):
+        found = [part.inside for part in self.parts if isinstance(part, Files)]
+        shards = [inside for inside in found if isinstance(inside, Shards)]
+        if len(shards) < len(self.parts):
             return None
-        starts = accumulate((len(shard.paths) for shard in shards if shard is not None), initial=0)
-        which = np.concatenate([part + start for part, start in zip(known, starts, strict=False)])
+        starts = accumulate((len(shard.paths) for shard in shards), initial=0)
+        which = np.concatenate([shard.which + start for shard, start in zip(shards, starts, strict=False)])
         return torch.from_numpy(which)[self.index].unique_consecutive(return_counts=True)[1]
 
     def files(self) -> list[tuple[Files, np.ndarray]]:
@@ -326,8 +341,8 @@ def shortened(problems: Iterable[Problem], what: str = "files that cannot be rea
     return first + ([Problem(f"and {more} more {what}")] if more else [])
 
 
-def decode_file(file: str | io.BytesIO, out: np.ndarray) -> None:
-    """Decode a file, by path or bytes, into `out` (C, H, W), uint8: upright, resized to cover it, cut in the middle."""
+def decode_file(file: IO[bytes], out: np.ndarray) -> None:
+    """Decode a file into `out` (C, H, W), uint8: upright, resized to cover it, and cut in the middle."""
     channels, height, width = out.shape
     with Image.open(file, formats=FORMATS) as image:
         # Has the decoder shrink a JPEG that is far too large, to no less than three times what is wanted.
