@@ -21,6 +21,8 @@ from ensemble_kd.setting import Objects, Setting, prepare, running_of, teacher_o
 from ensemble_kd.teachers.building import Keeping
 from ensemble_kd.teachers.combination import best_alone, set_up
 from ensemble_kd.teachers.ensemble import Ensemble, Teacher
+from ensemble_kd.teachers.registry import can_be_trained
+from ensemble_kd.teachers.sharding import sharded
 from ensemble_kd.teachers.store import Store
 from ensemble_kd.teachers.targets import StoredTargets
 
@@ -52,7 +54,7 @@ class Judges:
 def teachers_of(names: Sequence[ModelName | None], setting: Setting) -> list[Teacher]:
     """The teachers by their names, and where there is none, as they were given."""
     teachers = [
-        setting.given[label] if name is None else _teacher(name, setting)
+        _shared(setting.given[label], setting) if name is None else _teacher(name, setting)
         for label, name in zip(setting.options.teachers, names, strict=True)
     ]
     own, largest = setting.start.parameter_count, max(t.classifier.parameter_count for t in teachers)
@@ -75,7 +77,15 @@ def of_other_seeds(names: Sequence[ModelName | None], setting: Setting) -> list[
 
 def _teacher(name: ModelName, setting: Setting, seed: int | None = None) -> Teacher:
     seed = setting.options.teacher_seed if seed is None else seed
-    return teacher_of(name, setting.options, setting.data, seed, setting.device)
+    options, device = setting.options, setting.device
+    if options.shard_teachers and not can_be_trained(name, options.class_map.get(name.label)):
+        device = torch.device("cpu")  # it may not fit on another
+    return _shared(teacher_of(name, options, setting.data, seed, device), setting)
+
+
+def _shared(teacher: Teacher, setting: Setting) -> Teacher:
+    """The teacher, divided among the processes where that is wanted."""
+    return sharded(teacher, setting.device) if setting.options.shard_teachers else teacher
 
 
 def combined(teachers: Sequence[Teacher], setting: Setting) -> Judges:

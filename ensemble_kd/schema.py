@@ -282,6 +282,9 @@ class DistillOptions(CombineOptions, RunOptions):
     teacher_precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of teachers making targets; auto takes bfloat16 where it is native"
     )
+    shard_teachers: bool = Field(
+        False, description="under torchrun, hold a part of every teacher in each process"
+    )
     student_size: Count | None = Field(None, description="side of the student's input in pixels")
 
     @property

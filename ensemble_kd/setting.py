@@ -32,6 +32,7 @@ from ensemble_kd.teachers.combination import Combination, check_known, find_comb
 from ensemble_kd.teachers.ensemble import Teacher
 from ensemble_kd.teachers.registry import can_be_trained, check_teacher, load_teacher
 from ensemble_kd.teachers.runner import Running
+from ensemble_kd.teachers.sharding import check_processes
 from ensemble_kd.weighting import inputs_of
 
 STORED_VIEWS = 16
@@ -78,7 +79,7 @@ def prepare(options: DistillOptions, objects: Objects) -> tuple[Setting, list[Mo
     """Everything that can be wrong is tried before anything is trained or written, and told at once."""
     texts = [text for text in options.teachers if text not in objects.teachers]
     student = objects.student
-    *parsed, named_student, combination, device, data, _, _, _ = together(
+    *parsed, named_student, combination, device, data, _, _, _, _ = together(
         *(partial(parse, text) for text in texts),
         partial(parse, options.student) if student is None else lambda: None,
         partial(combination_of, options, objects.combine),
@@ -87,6 +88,7 @@ def prepare(options: DistillOptions, objects: Objects) -> tuple[Setting, list[Mo
         partial(_check_loss, options),
         partial(_check_top_k, options),
         partial(_check_mix, options),
+        partial(check_processes, options.shard_teachers),
     )
     by_text = dict(zip(texts, parsed, strict=True))
     names = [by_text.get(text) for text in options.teachers]
@@ -216,9 +218,7 @@ def _check_top_k(options: DistillOptions) -> None:
 
 
 def _check_mix(options: DistillOptions) -> None:
-    if options.mix == "none":
-        return
-    if options.loss in LOSSES and LOSSES[options.loss].needs_labels:
+    if options.mix != "none" and options.loss in LOSSES and LOSSES[options.loss].needs_labels:
         raise ConfigError(
             f"mix: {options.loss} needs one label an image",
             "a mixed image has two",

@@ -240,7 +240,7 @@ def test_an_unknown_option_is_told_exactly(tmp_path):
     assert result.exit_code == 2
     assert result.stderr == (
         "error: unknown option 'devise'\n"
-        "  why: known are data, data_root, split, val_fraction, split_seed, image_size, limit_train, decode, offline,"
+        "  why: known are data, data_columns, data_root, split, val_fraction, split_seed, image_size, limit_train, decode, offline,"
         " path, on, device\n"
         "  fix: did you mean 'device'?\n"
     )

@@ -38,7 +38,7 @@ LEVELS = [
         "recipes", "tables", "teachers", "teachers.library", "teachers.class_map", "teachers.runner",
         "teachers.layout", "teachers.store", "teachers.stored",
     },
-    {"teachers.ensemble", "teachers.building", "teachers.targets"},
+    {"teachers.ensemble", "teachers.sharding", "teachers.building", "teachers.targets"},
     {"teachers.registry", "teachers.catalogue", "teachers.combination"},
     {"setting", "judges"},
     {
