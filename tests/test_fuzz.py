@@ -1,0 +1,70 @@
+"""The short form of `make fuzz`."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import fuzz
+import pytest
+from fuzz import Reader
+
+from ensemble_kd import console
+from ensemble_kd.errors import DataError
+
+
+@pytest.fixture(autouse=True)
+def as_in_its_own_process(monkeypatch):
+    """Under an alarm and quiet, and afterwards as before."""
+    before = signal.signal(signal.SIGALRM, fuzz.hung)
+    monkeypatch.setenv("EKD_CACHE", "")  # set by `fuzz`, and brought back
+    monkeypatch.setattr(console.log, "disabled", True)
+    monkeypatch.setattr(fuzz, "limited", lambda most: None)  # it could not be raised again
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    signal.signal(signal.SIGALRM, before)
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("name", fuzz.readers())
+def test_a_reader_holds(name, tmp_path):
+    row = fuzz.fuzz(name, fuzz.readers()[name], 0.3, 1, tmp_path)
+    assert row.files >= 20
+    assert (row.tracebacks, row.hangs, list(tmp_path.iterdir())) == (0, 0, [])
+    assert row.grown < fuzz.ROOM
+
+
+def test_what_fails_is_seen_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(fuzz, "ALARM", 0.05)
+
+    def read(data: bytes) -> None:
+        if data == b"good":
+            return
+        if len(data) % 3 == 0:
+            raise DataError("bad", "why", "fix")
+        if len(data) % 3 == 1:
+            raise KeyError(data)
+        while True:
+            pass
+
+    row = fuzz.fuzz("x", lambda folder: Reader([b"good"], read), 0, 0, tmp_path)
+    assert row.files == 20
+    assert min(row.refused, row.tracebacks, row.hangs) > 0
+    assert not row.good
+    assert len(list(tmp_path.glob("x-*.bin"))) >= 2
+
+
+def test_memory_is_limited():
+    """In a process of its own, as the limit stays."""
+    code = "import fuzz; fuzz.limited(1 << 28); bytes(1 << 31)"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    assert ran.stderr.rstrip().endswith("MemoryError")
+    assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
