@@ -92,7 +92,7 @@ def prepare(options: DistillOptions, objects: Objects) -> tuple[Setting, list[Mo
     )
     by_text = dict(zip(texts, parsed, strict=True))
     names = [by_text.get(text) for text in options.teachers]
-    adapted, unlabelled, _, _, _, _, *maps, start = together(
+    adapted, unlabelled, _, _, _, _, _, *maps, start = together(
         partial(adapt, objects.teachers, options, data),
         partial(load_unlabelled, options.unlabelled, data, options.decode)
         if options.unlabelled
@@ -101,6 +101,7 @@ def prepare(options: DistillOptions, objects: Objects) -> tuple[Setting, list[Mo
         partial(_check_label_free, options, combination),
         partial(_check_combined, options, combination),
         partial(_check_controls, options, names),
+        partial(recipes.check_teacher_batch, options.teacher_training, len(data.train)),
         *teacher_checks(options, parsed, data, features=options.feature_weight > 0),
         partial(_student, options, named_student, student, data),
     )

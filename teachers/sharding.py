@@ -101,7 +101,7 @@ def held_bytes(net: nn.Module) -> int:
     """The bytes of parameters and buffers that this process holds."""
     held: dict[int, int] = {}
     for values in (*net.parameters(), *net.buffers()):
-        own: Tensor = values.to_local() if hasattr(values, "to_local") else values  # type: ignore[operator]
+        own: Tensor = values.to_local() if hasattr(values, "to_local") else values
         storage = own.untyped_storage()
         held[storage.data_ptr()] = storage.nbytes()
     return sum(held.values())

@@ -36,8 +36,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import timm
 import torch
 import torture
+import torchvision
 from PIL import Image
 
 from ensemble_kd import config, console, files
@@ -52,6 +54,7 @@ from ensemble_kd.teachers.class_map import read_map
 from ensemble_kd.teachers.store import Store
 from ensemble_kd.weights import load_student, read_tensors
 
+_LOADED = (timm, torchvision)  # before the alarm is set, as that takes a while
 ALARM = 20.0
 """Seconds that one file may take."""
 ROOM = 1 << 30

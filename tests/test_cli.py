@@ -202,7 +202,8 @@ WRONG = {
     "teacher size too small": (
         ["--teachers", "vgg16", "--teacher-size", "vgg16=28"],
         "error: 'vgg16' cannot take 28×28 images\n  why: it needs at least 32×32\n"
-        "  fix: say --teacher-size vgg16=32 (--student-size 32), or leave the size out and the images are resized\n",
+        "  fix: say --teacher-size vgg16=32 (--student-size 32; --size 32 of `ekd train`), "
+        "or leave the size out and the images are resized\n",
     ),
     "no such device": (
         ["--teachers", "lenet", "--device", "tpu9"],

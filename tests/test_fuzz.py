@@ -40,6 +40,27 @@ def test_a_reader_holds(name, tmp_path):
     assert row.grown < fuzz.ROOM
 
 
+FOUND = {
+    "a state without its threads": ("checkpoint", lambda good: good.replace(b'"threads"', b'"treads"')),
+    "a state that is a list": ("checkpoint", lambda good: b"[]"),
+    "a state nested deeply": ("checkpoint", lambda good: b"[" * 100_000),
+    "a view beyond all files": (
+        "store of targets",
+        lambda good: good.replace(b'"1": [', b'"%d": [' % (1 << 62)),
+    ),
+    "a view before the first": ("store of targets", lambda good: good.replace(b'"1": [', b'"-1": [')),
+}
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_what_was_found_before_is_passed_over(case, tmp_path):
+    name, change = FOUND[case]
+    reader = fuzz.readers()[name](tmp_path)
+    changed = change(reader.seeds[0])
+    assert changed != reader.seeds[0]
+    reader.read(changed)
+
+
 def test_what_fails_is_seen_and_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(fuzz, "ALARM", 0.05)
 

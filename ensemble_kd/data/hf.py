@@ -56,7 +56,7 @@ def scan_hf(place: str, columns: Sequence[str] | None = None, offline: bool = Fa
     if folder.errors:
         return folder
     read_headers(folder)
-    enter_labels(labels, folder, "images", "leave these out", named and ("the data set", named))
+    enter_labels(labels, folder, "images", "leave these out", ("the data set", named) if named else None)
     return folder
 
 

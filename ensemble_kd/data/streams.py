@@ -60,7 +60,8 @@ class Files:
     @classmethod
     def of(cls, root: Path, names: list[str], fix: str = fix) -> Files:
         """Files that nothing is known of yet but their names."""
-        return cls(root, names, *np.zeros((2, len(names)), dtype=np.int64), fix=fix)
+        lengths, changed = np.zeros((2, len(names)), dtype=np.int64)
+        return cls(root, names, lengths, changed, fix=fix)
 
     def __len__(self) -> int:
         return len(self.names)

@@ -58,7 +58,9 @@ def scan_tars(place: str) -> Folder:
     }
     listed = root / _CLASSES
     named = _named_classes(listed)
-    enter_labels(labels, folder, "shards", f"name all classes in {listed}", named and (_CLASSES, named))
+    enter_labels(
+        labels, folder, "shards", f"name all classes in {listed}", (_CLASSES, named) if named else None
+    )
     _warn_of_sorted([indexes[path] for path in next(iter(splits.values()))], folder)
     return folder
 
