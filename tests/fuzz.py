@@ -38,8 +38,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import timm
 import torch
-import torture
 import torchvision
+import torture
 from PIL import Image
 
 from ensemble_kd import config, console, files

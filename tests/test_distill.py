@@ -8,11 +8,11 @@ import math
 
 import numpy as np
 import pytest
-from support import refused
 import safetensors.torch
 import torch
 import yaml
 from PIL import Image
+from support import refused
 
 import ensemble_kd
 from ensemble_kd import distillation
