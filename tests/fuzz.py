@@ -31,7 +31,7 @@ import traceback
 import warnings
 import zipfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -471,26 +471,35 @@ def hung(*_: Any) -> None:
 
 
 def _alone(name: str, seconds: float, seed: int, failures: Path, out: Any) -> None:
-    torch.set_num_threads(1)
     quiet()
     signal.signal(signal.SIGALRM, hung)
     out.send(fuzz(name, readers()[name], seconds, seed, failures))
 
 
-def in_own_process(name: str, seconds: float, seed: int, failures: Path) -> Row:
-    """`fuzz`; a process that dies counts as a traceback."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_alone, args=(name, seconds, seed, failures, sender))
-    process.start()
-    sender.close()
-    try:
-        row = receiver.recv()
-    except EOFError:
-        row = Row(name, seconds, 0, 0, 0, 1, 0, 0)
-    process.join()
-    print(f"{name}: {row.files:,} files, {'good' if row.good else 'BAD'}", file=sys.stderr, flush=True)
-    return row
+def in_own_processes(
+    names: list[str], seconds: float, seed: int, failures: Path, jobs: int, told: Callable[[list[Row]], None]
+) -> list[Row]:
+    """`fuzz` of each reader, some at a time; a process that dies counts as a traceback. `told` gets the rows so far."""
+    context, rows, waiting, running = multiprocessing.get_context("fork"), dict[str, Row](), list(names), {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            receiver, sender = context.Pipe(duplex=False)
+            arguments = (waiting[0], seconds, seed, failures, sender)
+            process = context.Process(target=_alone, args=arguments)
+            process.start()
+            sender.close()
+            running[receiver] = (waiting.pop(0), process)
+        for receiver in wait(list(running)):
+            name, process = running.pop(receiver)
+            try:
+                rows[name] = receiver.recv()
+            except EOFError:
+                rows[name] = Row(name, seconds, 0, 0, 0, 1, 0, 0)
+            process.join()
+            good = "good" if rows[name].good else "BAD"
+            print(f"{name}: {rows[name].files:,} files, {good}", file=sys.stderr, flush=True)
+            told([rows[name] for name in names if name in rows])
+    return [rows[name] for name in names]
 
 
 def table(rows: list[Row]) -> str:
@@ -526,13 +535,14 @@ def main() -> None:
     chosen = parser.parse_args()
     wanted = [part for part in chosen.readers.split(",") if part]
     names = [name for name in readers() if not wanted or any(part in name for part in wanted)]
-    with ThreadPoolExecutor(chosen.jobs) as pool:
-        rows = list(
-            pool.map(lambda name: in_own_process(name, 60 * chosen.minutes, chosen.seed, chosen.keep), names)
-        )
+
+    def told(rows: list[Row]) -> None:
+        if chosen.out:
+            files.write_json(chosen.out, [row._asdict() for row in rows])
+
+    torch.set_num_threads(1)
+    rows = in_own_processes(names, 60 * chosen.minutes, chosen.seed, chosen.keep, chosen.jobs, told)
     print(table(rows))
-    if chosen.out:
-        files.write_json(chosen.out, [row._asdict() for row in rows])
     sys.exit(not all(row.good for row in rows))
 
 
