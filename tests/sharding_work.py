@@ -69,40 +69,42 @@ def changed(teacher: Teacher) -> None:
     teacher.check_unchanged()
 
 
-def main() -> None:
-    torch.set_num_threads(1)
+def find() -> dict[str, Any]:
+    """Targets, sizes and hashes of two teachers, divided where there are several processes."""
     sharding.LEAST = 20_000
     data = load_data("digits", limit_train=101)
     viewing = Viewing("crop", 2, 5, "mixup")
+    whole = [Teacher.of(f"t{seed}", network(seed), "test", storable=True) for seed in (1, 2)]
+    plain = {teacher.label: teacher.fingerprint for teacher in whole}
+    teachers = [replace(sharding.sharded(teacher, CPU), running=Running(2, "float32")) for teacher in whole]
+    ensemble = Ensemble(teachers, torch.tensor([0.25, 0.75]), torch.tensor([2.0, 4.0]))
+    stored = StoredTargets(ensemble, data.train, viewing)
+    stored.begin(1)
+    index = torch.arange(5)  # in two processes three and two: two parts of two images, and one
+    own = distributed.share(index)
+    batch = viewing.take(data.train, own, 0)
+    live = LiveTargets(ensemble)(batch, own, 0, torch.zeros(len(own), 10))
+    found = {
+        "logits": ensemble.all_logits(data.val).tolist(),
+        "stored": stored(data.train[index], index, 1, torch.zeros(5, 10)).soft.tolist(),
+        "live": distributed.gathered(live.soft, 5).tolist(),
+        "units": [len(sharding.units(teacher.classifier)) for teacher in teachers],
+        "held": [sharding.held_bytes(teacher.classifier) for teacher in teachers],
+        "bytes": [teacher.classifier.byte_count for teacher in teachers],
+        "parameters": [teacher.classifier.parameter_count for teacher in teachers],
+        "unchanged": all(teacher.check_unchanged() == plain[teacher.label] for teacher in teachers),
+        "changed": error_of(lambda: changed(teachers[0])),
+    }
+    sharding.LEAST = 1
+    reaching = Teacher.of("reaching", classifier(Reaching()), "test")
+    found["reaching"] = error_of(lambda: sharding.sharded(reaching, CPU))
+    return found
+
+
+def main() -> None:
+    torch.set_num_threads(1)
     with distributed.joined("cpu"):
-        whole = [Teacher.of(f"t{seed}", network(seed), "test", storable=True) for seed in (1, 2)]
-        plain = {teacher.label: teacher.fingerprint for teacher in whole}
-        teachers = [
-            replace(sharding.sharded(teacher, CPU), running=Running(2, "float32")) for teacher in whole
-        ]
-        ensemble = Ensemble(teachers, torch.tensor([0.25, 0.75]), torch.tensor([2.0, 4.0]))
-        stored = StoredTargets(ensemble, data.train, viewing)
-        stored.begin(1)
-        index = torch.arange(
-            7
-        )  # not divided evenly: two parts of two images in one process, and one in the other
-        own = distributed.share(index)
-        batch = viewing.take(data.train, own, 0)
-        live = LiveTargets(ensemble)(batch, own, 0, torch.zeros(len(own), 10))
-        found = {
-            "logits": ensemble.all_logits(data.val).tolist(),
-            "stored": stored(data.train[index], index, 1, torch.zeros(7, 10)).soft.tolist(),
-            "live": distributed.gathered(live.soft, 7).tolist(),
-            "units": [len(sharding.units(teacher.classifier)) for teacher in teachers],
-            "held": [sharding.held_bytes(teacher.classifier) for teacher in teachers],
-            "bytes": [teacher.classifier.byte_count for teacher in teachers],
-            "parameters": [teacher.classifier.parameter_count for teacher in teachers],
-            "unchanged": all(teacher.check_unchanged() == plain[teacher.label] for teacher in teachers),
-            "changed": error_of(lambda: changed(teachers[0])),
-        }
-        sharding.LEAST = 1
-        reaching = Teacher.of("reaching", classifier(Reaching()), "test")
-        found["reaching"] = error_of(lambda: sharding.sharded(reaching, CPU))
+        found = find()
         if distributed.first():
             Path(sys.argv[1]).write_text(json.dumps(found))
 
