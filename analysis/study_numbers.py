@@ -143,9 +143,7 @@ def sentences(
     said = []
     for measure in measures:
         if measure in GAINS:
-            said.append(
-                _count(measure, {n: p["means"][measure] for n, p in points.items()}, "0", seeds)
-            )
+            said.append(_count(measure, {n: p["means"][measure] for n, p in points.items()}, "0", seeds))
             continue
         differences = {name: p["differences"][measure] for name, p in points.items() if p["differences"]}
         if differences:

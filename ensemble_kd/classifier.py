@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ensemble_kd import distributed
 from ensemble_kd.errors import ModelError
 
 
@@ -160,6 +161,6 @@ class Classifier(nn.Module):
         named = {**dict(self.net.named_buffers()), **self.net.state_dict()}
         for name, tensor in sorted(named.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            flat = distributed.whole(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(flat.numpy().data)
         return digest.hexdigest()

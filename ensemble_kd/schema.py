@@ -52,7 +52,11 @@ class DataOptions(Options):
     """Which images."""
 
     data: str = Field(
-        "digits", description="digits, mnist, fashion-mnist, cifar10, cifar100 or imagefolder:PATH"
+        "digits",
+        description="digits, mnist, fashion-mnist, cifar10, cifar100, imagefolder:PATH, tars:PATH, csv:FILE or hf:NAME",
+    )
+    data_columns: Names | None = Field(
+        None, description="of hf:NAME, the columns of images and labels, where they are not clear"
     )
     data_root: Path | None = Field(
         None, description="where the files of a named source lie, or are downloaded to"
@@ -72,7 +76,8 @@ class DataOptions(Options):
     def load_arguments(self) -> dict[str, Any]:
         """The arguments of `data.load_data`."""
         names = ("split", "val_fraction", "split_seed", "image_size", "limit_train", "decode", "offline")
-        return {"source": self.data, "root": self.data_root, **{name: getattr(self, name) for name in names}}
+        chosen = {"source": self.data, "root": self.data_root, "columns": self.data_columns}
+        return {**chosen, **{name: getattr(self, name) for name in names}}
 
 
 class InspectOptions(DataOptions):
@@ -277,6 +282,9 @@ class DistillOptions(CombineOptions, RunOptions):
     teacher_batch: Count | None = Field(None, description="images that a teacher sees at a time")
     teacher_precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of teachers making targets; auto takes bfloat16 where it is native"
+    )
+    shard_teachers: bool = Field(
+        False, description="under torchrun, hold a part of every teacher in each process"
     )
     student_size: Count | None = Field(None, description="side of the student's input in pixels")
 

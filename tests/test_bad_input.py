@@ -118,7 +118,7 @@ refuses(
 refuses(
     4, "input too small", TRIES.format("vgg11 --teacher-size vgg11=20"),
     "'vgg11' cannot take 20×20 images", "it needs at least 32×32",
-    "say --teacher-size vgg11=32 (--student-size 32), or leave the size out and the images are resized",
+    "say --teacher-size vgg11=32 (--student-size 32; --size 32 of `ekd train`), or leave the size out and the images are resized",
 )  # fmt: skip
 
 
@@ -485,7 +485,8 @@ CONFIG = "distill --config c.yaml --teachers lenet --out run"
 
 refuses(
     37, "unknown key", "evaluate x --set devise=cpu", "unknown option 'devise'",
-    "known are data, data_root, split, val_fraction, split_seed, image_size, limit_train, decode, offline, path, on, device",
+    "known are data, data_columns, data_root, split, val_fraction, split_seed, image_size, limit_train, decode, offline, path, on, "
+    "device",
     "did you mean 'device'?",
 )  # fmt: skip
 refuses(

@@ -467,7 +467,7 @@ def test_the_command_line(copied: Path, nothing_is_made: None, tmp_path: Path) -
     numbers = json.loads(result.stdout)
     assert numbers["folder"] == str(tmp_path / "out")
     assert [run["name"] for run in numbers["runs"]] == ["copied"]
-    assert f"report: {tmp_path / 'out' / 'index.html'}, numbers: report.json" in result.stderr
+    assert f"report: {tmp_path / 'out' / 'index.html'}" in result.stderr
     plain = CliRunner().invoke(app, arguments)
     assert plain.stdout.splitlines()[:2] == ["copied: digits, 360 test images", "  Did distilling help?"]
 

@@ -26,10 +26,11 @@ LEVELS = [
     },
     {
         "config", "classifier", "models", "features", "data.hashing", "data.crops", "data.mixing", "data.trivial",
-        "data.views", "data.archives", "data.streams", "data.dataset",
+        "data.views", "data.archives", "data.headers", "data.shards", "data.streams", "data.dataset",
     },
     {
-        "data.copies", "data.folders", "data.unlabelled", "data.sources", "weights", "pretrained", "data", "data.inspect",
+        "data.copies", "data.folders", "data.hf", "data.labels", "data.lists", "data.tar_index", "data.tars",
+        "data.unlabelled", "data.sources", "weights", "pretrained", "data", "data.inspect",
         "curves", "objective", "inference", "stepping", "stacked",
     },
     {"fresh", "fit", "fleet", "loop", "recorded", "saving", "runs", "results"},
@@ -37,9 +38,9 @@ LEVELS = [
         "recipes", "tables", "teachers", "teachers.library", "teachers.class_map", "teachers.runner",
         "teachers.layout", "teachers.store", "teachers.stored",
     },
-    {"teachers.ensemble", "teachers.building", "teachers.targets"},
+    {"teachers.ensemble", "teachers.sharding", "teachers.building", "teachers.targets"},
     {"teachers.registry", "teachers.catalogue", "teachers.combination"},
-    {"setting", "judges"},
+    {"checking", "setting", "judges"},
     {
         "distillation", "training", "evaluation", "analysis", "analysis.plots", "analysis.options", "analysis.diversity",
         "analysis.resampling", "analysis.intervals", "analysis.corruptions", "analysis.pairs", "analysis.fidelity", "analysis.dark",

@@ -46,6 +46,7 @@ _FLAGS = (
     "teacher_epochs",
     "teacher_size",
     "teacher_batch",
+    "shard_teachers",
     "student_size",
     "stem",
     "train_teachers",

@@ -41,6 +41,7 @@ _FLAGS = (
     "teacher_epochs",
     "teacher_size",
     "teacher_batch",
+    "shard_teachers",
     "stem",
     "train_teachers",
     "seed",
