@@ -77,10 +77,26 @@ def on_images(graph: Graph, card: Card, inside: bool) -> Graph:
 
 
 def by_timm(folder: Path, card: Card) -> Classifier:
-    """The network as timm reloads it from the folder, behind its preprocessing."""
+    """The network as timm reloads it from the folder, behind its preprocessing.
+
+    Raises:
+        WeightsError: timm cannot, or the file of weights is missing.
+    """
     import timm
 
-    net = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    if not (folder / WEIGHTS).is_file():  # timm would look for others, such as pickles
+        raise WeightsError(
+            f"no {WEIGHTS} in {folder}", "it is missing", "export the run again: ekd export RUN"
+        )
+    try:
+        net = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    except Exception as error:  # timm raises whatever its networks raise
+        why = (str(error).splitlines() or ["no message"])[0]
+        raise WeightsError(
+            f"timm cannot load {folder}",
+            f"{type(error).__name__}: {why}",
+            "see what is damaged: ekd verify PATH",
+        ) from error
     return Classifier(net, card, pretrained=True).eval()
 
 

@@ -152,10 +152,16 @@ def _source(run: Run, chosen: ExportOptions) -> _Source:
             f"bring it back; see what else is damaged: ekd verify {shlex.quote(str(run.folder))}",
         )
     options = config.read_yaml(run.path("config.yaml"))
-    code = str(options.get("student" if name == "student" else "model", ""))
-    classifier = load_student(f"{parse(code).text}@{path}" if code.startswith("py:") else path)
+    classifier = _loaded(run, path)
     needed = "int8" if chosen.int8 else "with_preprocess" if chosen.with_preprocess else None
     return _Source(run, _without_places(classifier), _data_of(run, options, chosen, needed), run.manifest())
+
+
+def _loaded(run: Run, path: Path) -> Classifier:
+    """A network of the run from a file; a module of the user's by the code that the run was given."""
+    options = config.read_yaml(run.path("config.yaml"))
+    code = str(options.get("student") or options.get("model"))
+    return load_student(f"{parse(code).canonical}@{path}" if code.startswith("py:") else path)
 
 
 def _without_places(classifier: Classifier) -> Classifier:
@@ -283,14 +289,8 @@ def _reloaded(
         folder = Path(place)
         (folder / CONFIG).write_text(json.dumps(facts))
         (folder / WEIGHTS).write_bytes(contents[WEIGHTS])
-        if chosen.format == "timm":
-            network = by_timm(folder, card)
-        elif card.model.startswith("py:"):
-            code = config.read_yaml(Path(chosen.run) / "config.yaml")
-            name = code.get("student") or code.get("model")
-            network = load_student(f"{name}@{folder / WEIGHTS}")
-        else:
-            network = load_student(folder)
+        run = Run(Path(chosen.run))
+        network = by_timm(folder, card) if chosen.format == "timm" else _loaded(run, folder / WEIGHTS)
     return torch.inference_mode()(network)
 
 

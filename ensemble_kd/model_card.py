@@ -235,9 +235,12 @@ def _checks(own: Mapping[str, Any]) -> str:
 
 def _limits(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     own = config["ensemble_kd"]
+    _, height, width = own["shape"]
     lines = [
         f"- It names one of its {config['num_classes']} classes for any image, also where none of them is in it.",
         f"- It was measured on {_md(own['card']['data'])} alone, with one seed; elsewhere it may do worse.",
+        f"- Images of other sizes: `ekd predict` decodes them to {height}×{width} first, as they were when it was judged; "
+        "who resizes them otherwise sees other probabilities.",
         "- The licences of the data and of the teachers' weights are not known here, and none is given.",
     ]
     if "ece" in next(iter(metrics["models"].values())):

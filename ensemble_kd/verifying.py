@@ -251,7 +251,7 @@ def _answers_again(folder: Path) -> Finding:
             logits = open_network(export)(kept["images"])
     except ConfigError as error:
         return Finding(what, None, f"{error.problems[0].what}: {error.problems[0].fix}")
-    except (EkdError, safetensors.SafetensorError, KeyError) as error:
+    except (EkdError, safetensors.SafetensorError, KeyError, RuntimeError) as error:
         return Finding(what, False, error.problems[0].what if isinstance(error, EkdError) else str(error))
     off = float((logits - kept["logits"]).abs().max())
     bound = (_TOLERANCE_INT8 if export.int8 else _TOLERANCE) * max(1.0, float(kept["logits"].abs().max()))
