@@ -1,9 +1,10 @@
 """Load what `ekd export` made with nothing but the library of its format, in a process of its own.
 
-    python benchmarks/reload_export.py FOLDER INPUTS.safetensors
+    python benchmarks/reload_export.py FOLDER INPUTS.safetensors [FOLDER INPUTS.safetensors]…
 
-INPUTS holds `inputs`, as the format wants them, and `logits` that are expected. Prints the largest difference of
-the logits, and whether the likeliest classes are the same, as JSON. `python -m benchmarks.exports` and the tests run it.
+INPUTS holds `inputs`, as the format wants them, and `logits` that are expected. Prints a line of JSON for each
+folder: the largest difference of the logits, and whether the likeliest classes are the same.
+`python -m benchmarks.exports` and the tests run it.
 """
 
 from __future__ import annotations
@@ -50,19 +51,19 @@ def by_ensemble_kd(folder: Path) -> Callable[[Tensor], Tensor]:
 LOADERS = {"timm": by_timm, "onnx": by_onnxruntime, "torch": by_torch, "safetensors": by_ensemble_kd}
 
 
-def main() -> None:
-    folder, kept = Path(sys.argv[1]), load_file(sys.argv[2])
+def compared(folder: Path, inputs: Path) -> dict[str, object]:
+    """What the reloaded network says, held against what is expected."""
+    kept = load_file(inputs)
     own = json.loads((folder / "config.json").read_text())["ensemble_kd"]
     model = LOADERS[own["format"]](folder)
-    batches, found = own["checked"]["batches"], []
     with torch.no_grad():
-        for batch in kept["inputs"].split(batches):
-            found.append(model(batch))
-    logits = torch.cat(found)
+        logits = torch.cat([model(batch) for batch in kept["inputs"].split(own["checked"]["batches"])])
     same = bool((logits.argmax(1) == kept["logits"].argmax(1)).all())
     difference = float((logits - kept["logits"]).abs().max())
-    print(json.dumps({"max_difference": difference, "argmax_identical": same, "images": len(logits)}))
+    return {"max_difference": difference, "argmax_identical": same, "images": len(logits)}
 
 
 if __name__ == "__main__":
-    main()
+    paths = list(map(Path, sys.argv[1:]))
+    for folder, inputs in zip(paths[::2], paths[1::2], strict=True):
+        print(json.dumps(compared(folder, inputs)))
