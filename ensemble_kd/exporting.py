@@ -151,10 +151,7 @@ def _source(run: Run, chosen: ExportOptions) -> _Source:
             "its SHA-256 is not the one in status.json",
             f"bring it back; see what else is damaged: ekd verify {shlex.quote(str(run.folder))}",
         )
-    options = config.read_yaml(run.path("config.yaml"))
-    classifier = _loaded(run, path)
-    needed = "int8" if chosen.int8 else "with_preprocess" if chosen.with_preprocess else None
-    return _Source(run, _without_places(classifier), _data_of(run, options, chosen, needed), run.manifest())
+    return _Source(run, _without_places(_loaded(run, path)), _data_of(run, chosen), run.manifest())
 
 
 def _loaded(run: Run, path: Path) -> Classifier:
@@ -182,18 +179,19 @@ def _without_folders(value: Any) -> Any:
     return value
 
 
-def _data_of(run: Run, options: dict[str, Any], chosen: ExportOptions, needed: str | None) -> Dataset | None:
-    """The run's images; None, with a warning, where they are not at hand and not `needed`."""
+def _data_of(run: Run, chosen: ExportOptions) -> Dataset | None:
+    """The run's images; None, with a warning, where they are not at hand and no option needs them."""
+    options = config.read_yaml(run.path("config.yaml"))
     given = {k: v for k, v in options.items() if k in DataOptions.model_fields and v is not None}
-    data: Dataset | None = None
+    given["offline"] = chosen.offline or bool(given.get("offline"))
     try:
-        given["offline"] = chosen.offline or bool(given.get("offline"))
         data = load_data(**DataOptions(**given).load_arguments())
         why = "they are others than those that it was trained on"
         if data.fingerprint() == run.manifest()["data"]["fingerprint"]:
             return data
     except DataError as error:
         why = error.problems[0].what
+    needed = "int8" if chosen.int8 else "with_preprocess" if chosen.with_preprocess else None
     if needed:
         raise RunError(
             f"{needed}: the images of {run.folder} cannot be had",
@@ -211,15 +209,10 @@ def _contents(source: _Source, chosen: ExportOptions) -> tuple[dict[str, bytes],
     contents = {WEIGHTS: packed(classifier, for_others=chosen.format == "timm")}
     contents[LABELS] = (files.to_json(list(classifier.classes)) + "\n").encode()
     own = facts["ensemble_kd"]
-    if chosen.format in ("onnx", "torch"):
-        example = _made_up(
-            source.shape
-            if inside
-            else (classifier.card.preprocess.channels, *classifier.card.preprocess.size)
-        )
-        program = traced(classifier if inside else classifier.net, example if inside else example.float())
-        name = ONNX if chosen.format == "onnx" else PT2
-        contents[name] = to_onnx(program) if chosen.format == "onnx" else to_pt2(program)
+    if chosen.format == "onnx":
+        contents[ONNX] = to_onnx(_program(source, inside))
+    elif chosen.format == "torch":
+        contents[PT2] = to_pt2(_program(source, inside))
     logits = _reloaded(contents, facts, chosen, classifier)
     own["checked"] = _checked(source, logits, chosen.format)
     if chosen.int8:
@@ -232,12 +225,20 @@ def _contents(source: _Source, chosen: ExportOptions) -> tuple[dict[str, bytes],
     return contents | {README: text.encode()}, facts
 
 
+def _program(source: _Source, inside: bool) -> Any:
+    """The network as a graph, with its preprocessing `inside` or without."""
+    classifier, pre = source.classifier, source.classifier.card.preprocess
+    if inside:
+        return traced(classifier, _made_up(source.shape))
+    return traced(classifier.net, _made_up((pre.channels, *pre.size)).float())
+
+
 def _config(source: _Source, chosen: ExportOptions) -> dict[str, Any]:
     """config.json but for what is found when the export is checked."""
     card = source.classifier.card
-    entry = (
-        timm_entry(card) if chosen.format == "timm" else {"architecture": card.model, "pretrained_cfg": {}}
-    )
+    entry: dict[str, Any] = {"architecture": card.model, "pretrained_cfg": {}}
+    if chosen.format == "timm":
+        entry = timm_entry(card)
     pre = card.preprocess
     entry["pretrained_cfg"] |= {
         "input_size": [pre.channels, *pre.size],
@@ -318,7 +319,7 @@ def _checked(source: _Source, logits: Logits, kind: str) -> dict[str, Any]:
             "say another --format",
         )
     return {
-        "images": count,
+        "images": count if source.data is None else min(count, len(source.data.test)),
         "of": place,
         "batches": list(BATCHES),
         "max_difference": float(f"{off:.2g}"),

@@ -109,8 +109,17 @@ def predict_images(
         )
     device = choose_device(chosen.device)
     network = _network(chosen.model, device)
-    found, failed = _files(chosen.images)
+    result = Predictions(*_looked_at(network, chosen, device))
+    if chosen.csv:
+        files.write_text(chosen.csv, result.csv())
+    return result
+
+
+def _looked_at(
+    network: _Network, chosen: PredictOptions, device: torch.device
+) -> tuple[list[Answer], list[Problem]]:
     answers: list[Answer] = []
+    found, failed = _files(chosen.images)
     size = batch_for(network.card.preprocess.size, device)
     with progress("predicting", len(found)) as advance:
         for names, pixels, problems in _decoded(found, network.shape, size):
@@ -118,10 +127,7 @@ def predict_images(
             if names:
                 answers += _answers(network, names, torch.from_numpy(pixels).to(device), chosen.top)
             advance(len(names) + len(problems))
-    result = Predictions(answers, failed)
-    if chosen.csv:
-        files.write_text(chosen.csv, result.csv())
-    return result
+    return answers, failed
 
 
 def _network(model: str, device: torch.device) -> _Network:
