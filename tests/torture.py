@@ -1,6 +1,6 @@
 """What must survive kills, flipped bits, malformed files, full disks, signals and a second process.
 
-    python tests/torture.py [--scale 1.0] [--out results.json]
+    python tests/torture.py [--scale 1.0] [--only exports] [--out results.json]
 
 One row a promise: how many trials, how many survived. Processes are forked after everything is imported, so a
 trial costs milliseconds and kills fall at random moments of the work. A short form runs in the tests.
@@ -663,14 +663,14 @@ PROMISES: list[tuple[Callable[[Path, int, random.Random], Row], int]] = [
 """Each promise with its trials at full scale."""
 
 
-def run_all(scale: float, seed: int = 0) -> list[Row]:
-    """All promises in a folder and a cache of their own."""
+def run_all(scale: float, seed: int = 0, only: str = "") -> list[Row]:
+    """All promises, or those with `only` in their names, in a folder and a cache of their own."""
     rows = []
     before = os.environ.get("EKD_CACHE")
     with tempfile.TemporaryDirectory() as root:
         os.environ["EKD_CACHE"] = str(Path(root) / "cache")
         try:
-            for promise, trials in PROMISES:
+            for promise, trials in [p for p in PROMISES if only in p[0].__name__]:
                 folder = Path(root) / promise.__name__
                 folder.mkdir()
                 started = time.perf_counter()
@@ -697,10 +697,11 @@ def main() -> None:
     )
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of trials")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="promises with this in their names, such as exports")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    rows = run_all(chosen.scale, chosen.seed)
+    rows = run_all(chosen.scale, chosen.seed, chosen.only)
     print(table(rows))
     if chosen.out:
         files.write_json(chosen.out, [row._asdict() for row in rows])
