@@ -26,11 +26,14 @@ from ensemble_kd import files
 from ensemble_kd.errors import EkdError
 from ensemble_kd.tables import text_table
 
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "lenet": {},
     "timm:mobilenetv3_small_050": {"size": 32, "stem": "imagenet"},
     "timm:test_vit": {"size": 32},
-    "tv:squeezenet1_1": {"size": 32},
+    "tv:squeezenet1_1": {
+        "size": 32,
+        "sets": ["training.init=unit-variance"],
+    },  # else it learns nothing so soon
 }
 FORMATS: dict[str, dict[str, Any]] = {
     "safetensors": {"format": "safetensors"},
@@ -77,12 +80,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="of these alone")
     chosen = parser.parse_args()
     commit = commit_now()
     test = ensemble_kd.load_data("digits").test
     images = test[torch.arange(COUNT) * len(test) // COUNT].decoded
     rows, eight = [], []
-    for model, options in MODELS.items():
+    for model in chosen.models:
+        options = MODELS[model]
         with tempfile.TemporaryDirectory() as root:
             place = Path(root)
             run = ensemble_kd.train(

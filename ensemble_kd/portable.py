@@ -7,7 +7,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def traced(module: nn.Module, example: Tensor) -> Any:
     """
     batch = torch.export.Dim("batch", min=1)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _quiet():
             program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
     except Exception as error:  # it raises many kinds, some of them for what the module's own code does
         raise ModelError(
@@ -151,9 +151,9 @@ def to_int8(model: bytes, calibration: Sequence[Tensor]) -> bytes:
 def _quiet() -> Iterator[None]:
     """torch's and onnxruntime's advice to developers is not for who exports."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
