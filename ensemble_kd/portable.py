@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -121,7 +122,12 @@ def to_int8(model: bytes, calibration: Sequence[Tensor]) -> bytes:
         calibration: batches of its input, from which the ranges of activations are taken.
     """
     import onnx
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+
+    places = sys.path[:]
+    try:  # importing it puts a folder of onnxruntime's among them
+        from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+    finally:
+        sys.path[:] = places
 
     class Reader(CalibrationDataReader):
         """Hands the batches out; onnxruntime asks for an object of this class."""
