@@ -464,7 +464,7 @@ def test_a_full_disk_is_an_error_of_both_kinds(monkeypatch: pytest.MonkeyPatch) 
     assert isinstance(caught.value, OSError)
     assert (caught.value.errno, caught.value.strerror) == (errno.ENOSPC, "No space left on device")
     assert str(caught.value) == message(
-        "no room for folder: 2.0 kB are needed, 12 B are free",
+        "no room for folder: 2.2 kB are needed, 12 B are free",
         "No space left on device",
         "make room, or name another folder; what was there before is there still",
     )
