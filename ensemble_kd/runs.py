@@ -37,22 +37,10 @@ RUNS = Path("runs")
 OBJECTS = "distill with objects"
 """The verb in the status of a run that was given Python objects, which no file can bring back."""
 _OVERWRITTEN = (
-    "history.jsonl",
-    "metrics.json",
-    "manifest.json",
-    "status.json",
-    "train.log",
-    "curves.png",
-    "student.safetensors",
-    "model.safetensors",
-    "predictions.safetensors",
-    "profile.json",
-    "trace.json",
-    "controls",
-    "checkpoints",
-    "analysis",
-    "report",
-)
+    "history.jsonl", "metrics.json", "manifest.json", "status.json", "train.log", "curves.png",
+    "student.safetensors", "model.safetensors", "predictions.safetensors", "profile.json", "trace.json",
+    "controls", "checkpoints", "analysis", "report", "export",
+)  # fmt: skip
 """What a run writes; anything else in its folder is the user's."""
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors")
 
