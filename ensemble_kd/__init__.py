@@ -9,17 +9,23 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ensemble_kd.after_timm import watch as _watch
+
 # In a checkout `teachers/` and `analysis/` lie beside this folder; installed, they lie inside it.
 if not (Path(__file__).parent / "teachers").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
 __version__ = "0.1.0"
+_watch()
 
 _API = {
     "distill": "ensemble_kd.distillation",
     "resume": "ensemble_kd.resuming",
     "train": "ensemble_kd.training",
     "evaluate": "ensemble_kd.evaluation",
+    "export": "ensemble_kd.exporting",
+    "predict_images": "ensemble_kd.predicting",
+    "verify": "ensemble_kd.verifying",
     "load_student": "ensemble_kd.weights",
     "load_teacher": "ensemble_kd.teachers.registry",
     "load_data": "ensemble_kd.data",
@@ -52,7 +58,9 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from ensemble_kd.distillation import distill as distill
     from ensemble_kd.errors import EkdError as EkdError
     from ensemble_kd.evaluation import evaluate as evaluate
+    from ensemble_kd.exporting import export as export
     from ensemble_kd.judges import build_targets as build_targets
+    from ensemble_kd.predicting import predict_images as predict_images
     from ensemble_kd.resuming import resume as resume
     from ensemble_kd.study import study as study
     from ensemble_kd.teachers.catalogue import list_models as list_models
@@ -61,6 +69,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from ensemble_kd.teachers.stored import prune_targets as prune_targets
     from ensemble_kd.teachers.stored import verify_targets as verify_targets
     from ensemble_kd.training import train as train
+    from ensemble_kd.verifying import verify as verify
     from ensemble_kd.weights import load_student as load_student
 
 

@@ -275,6 +275,7 @@ def _conclude(
         "data": {
             "name": setting.data.name,
             "fingerprint": setting.data.fingerprint(),
+            "shape": list(setting.data.test.pixels.shape[1:]),
             "images": {s: len(getattr(setting.data, s)) for s in ("train", "val", "test")},
             "transfer": {"images": len(setting.transfer), "digest": setting.transfer.digest},
         },

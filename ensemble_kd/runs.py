@@ -38,22 +38,10 @@ RUNS = Path("runs")
 OBJECTS = "distill with objects"
 """The verb in the status of a run that was given Python objects, which no file can bring back."""
 _OVERWRITTEN = (
-    "history.jsonl",
-    "metrics.json",
-    "manifest.json",
-    "status.json",
-    "train.log",
-    "curves.png",
-    "student.safetensors",
-    "model.safetensors",
-    "predictions.safetensors",
-    "profile.json",
-    "trace.json",
-    "controls",
-    "checkpoints",
-    "analysis",
-    "report",
-)
+    "history.jsonl", "metrics.json", "manifest.json", "status.json", "train.log", "curves.png",
+    "student.safetensors", "model.safetensors", "predictions.safetensors", "profile.json", "trace.json",
+    "controls", "checkpoints", "analysis", "report", "export",
+)  # fmt: skip
 """What a run writes; anything else in its folder is the user's."""
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors")
 
@@ -87,7 +75,7 @@ class Run:
             files.write_text(folder / "config.yaml", config)
             facts = {"configuration": flat(yaml.safe_load(config))}
             status = {"verb": verb, "state": "running", "networks": {}, "facts": facts}
-            files.write_json(run.path("status.json"), status)
+            run.write_json("status.json", status)
         except OSError as error:
             run.unlock()
             if error.errno in files.FULL:
@@ -171,9 +159,8 @@ class Run:
         Raises:
             RunError: there is none.
         """
-        finished = [
-            p for p in RUNS.glob("*/metrics.json") if (p.parent / "predictions.safetensors").is_file()
-        ]
+        named = RUNS.glob("*/predictions.safetensors")
+        finished = [path for p in named if (path := p.with_name("metrics.json")).is_file()]
         if not finished:
             raise RunError(
                 f"no finished run in {RUNS}/",
@@ -217,13 +204,17 @@ class Run:
         )
 
     def set_state(self, state: str) -> None:
-        """Note whether the run is running, stopped or finished."""
-        self.write_json("status.json", {**self.status(), "state": state})
+        """Note whether the run is running, stopped or finished; then also the SHA-256 of what it left."""
+        status = {**self.status(), "state": state}
+        if state == "finished" and distributed.first():
+            paths = [self.path(name) for name in ("config.yaml", *_OVERWRITTEN) if name != "status.json"]
+            status["files"] = {path.name: files.sha256_file(path) for path in paths if path.is_file()}
+        self.write_json("status.json", status)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a file of the run; of several processes the first does."""
         if distributed.first():
-            files.write_json(self.path(name), value)
+            (files.write_sealed if name == "status.json" else files.write_json)(self.path(name), value)
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -283,7 +274,7 @@ class Run:
         files.write_text(self.path("history.jsonl"), "".join(map(files.json_line, rows)))
         status = self.status()
         status["networks"][name] = {"file": file, "sha256": files.sha256_file(self.path(file))}
-        files.write_json(self.path("status.json"), status)
+        files.write_sealed(self.path("status.json"), status)
         Checkpoints(self.path("checkpoints") / name, {}).clear()
         distributed.wait()
 

@@ -122,7 +122,8 @@ def _finish(run: Run, chosen: TrainOptions, data: Dataset, policy: str) -> Train
     watch.lap("test")
     metrics = {"data": data.name, "split": "test", "n": len(test)}
     metrics |= {"models": {name.label: row}, "seconds": watch.seconds}
-    facts = {"seed": chosen.seed, "data": {"name": data.name, "fingerprint": data.fingerprint()}}
+    about = {"name": data.name, "fingerprint": data.fingerprint(), "shape": list(data.test.pixels.shape[1:])}
+    facts = {"seed": chosen.seed, "data": about}
     resolved = config.to_yaml(
         chosen, augment=policy, decode=data.decode, training=recipe, out=None, overwrite=False
     )

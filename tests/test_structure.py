@@ -17,32 +17,32 @@ FOLDERS = {"ensemble_kd": ROOT / "ensemble_kd", "ensemble_kd.teachers": ROOT / "
 
 # fmt: off
 LEVELS = [
-    {"ensemble_kd"},
+    {"after_timm", "ensemble_kd"},
     {"errors", "files", "console", "names", "interrupts", "locks", "distributed"},
     {
         "losses", "combine", "weighting", "calibration", "metrics", "initialise", "students", "forms",
         "fields", "schema", "device", "imagenet", "topk", "fused", "profiling", "graphs", "guards", "checkpoints",
-        "shared_norm", "shared",
+        "shared_norm", "shared", "deploying", "portable",
     },
     {
-        "config", "classifier", "models", "features", "data.hashing", "data.crops", "data.mixing", "data.trivial",
+        "config", "classifier", "timm_students", "models", "features", "data.hashing", "data.crops", "data.mixing", "data.trivial",
         "data.views", "data.archives", "data.headers", "data.shards", "data.streams", "data.dataset",
     },
     {
         "data.copies", "data.folders", "data.hf", "data.labels", "data.lists", "data.tar_index", "data.tars",
         "data.unlabelled", "data.sources", "weights", "pretrained", "data", "data.inspect",
-        "curves", "objective", "inference", "stepping", "stacked",
+        "curves", "objective", "inference", "stepping", "stacked", "timm_form", "exported",
     },
     {"fresh", "fit", "fleet", "loop", "recorded", "saving", "runs", "results"},
     {
-        "recipes", "tables", "teachers", "teachers.library", "teachers.class_map", "teachers.runner",
+        "recipes", "tables", "model_card", "teachers", "teachers.library", "teachers.class_map", "teachers.runner",
         "teachers.layout", "teachers.store", "teachers.stored",
     },
     {"teachers.ensemble", "teachers.sharding", "teachers.building", "teachers.targets"},
     {"teachers.registry", "teachers.catalogue", "teachers.combination"},
     {"checking", "setting", "judges"},
     {
-        "distillation", "training", "evaluation", "analysis", "analysis.plots", "analysis.options", "analysis.diversity",
+        "distillation", "training", "evaluation", "exporting", "predicting", "verifying", "analysis", "analysis.plots", "analysis.options", "analysis.diversity",
         "analysis.resampling", "analysis.intervals", "analysis.corruptions", "analysis.pairs", "analysis.fidelity", "analysis.dark",
         "analysis.plots_agreement", "analysis.tables_agreement",
         "analysis.plots_calibration", "analysis.plots_surface", "analysis.planes",
@@ -59,6 +59,7 @@ LEVELS = [
     {
         "cli.distill", "cli.train", "cli.evaluate", "cli.agreement", "cli.calibration", "cli.teachers", "cli.models", "cli.data",
         "cli.targets", "cli.surface", "cli.features", "cli.report", "cli.study",
+        "cli.export", "cli.predict", "cli.verify",
     },
     {"cli"},
     {"__main__"},

@@ -11,14 +11,17 @@ from ensemble_kd.cli import (
     data,
     distill,
     evaluate,
+    export,
     features,
     models,
+    predict,
     report,
     study,
     surface,
     targets,
     teachers,
     train,
+    verify,
 )
 
 app = typer.Typer(
@@ -50,6 +53,9 @@ app.command("distill")(distill.distill)
 app.command("resume")(distill.resume)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
+app.command("predict")(predict.predict)
+app.command("export")(export.export)
+app.command("verify")(verify.verify)
 app.command("analyze-agreement")(agreement.analyze_agreement)
 app.command("analyze-calibration")(calibration.analyze_calibration)
 app.command("analyze-features")(features.analyze_features)
