@@ -35,6 +35,9 @@ _API = {
     "list_targets": "ensemble_kd.teachers.stored",
     "verify_targets": "ensemble_kd.teachers.stored",
     "prune_targets": "ensemble_kd.teachers.stored",
+    "config_template": "ensemble_kd.configuration",
+    "show_config": "ensemble_kd.configuration",
+    "validate_config": "ensemble_kd.configuration",
     "EkdError": "ensemble_kd.errors",
 }
 __all__ = [*_API, "__version__"]
@@ -46,6 +49,9 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from ensemble_kd.analysis.report import report as report
     from ensemble_kd.analysis.surface import analyze_surface as analyze_surface
     from ensemble_kd.analysis.teachers import analyze_teachers as analyze_teachers
+    from ensemble_kd.configuration import config_template as config_template
+    from ensemble_kd.configuration import show_config as show_config
+    from ensemble_kd.configuration import validate_config as validate_config
     from ensemble_kd.data import load_data as load_data
     from ensemble_kd.data.inspect import inspect_data as inspect_data
     from ensemble_kd.distillation import distill as distill

@@ -25,14 +25,14 @@ LEVELS = [
         "shared_norm",
     },
     {
-        "config", "classifier", "models", "features", "data.hashing", "data.crops", "data.mixing", "data.trivial",
+        "yamls", "config", "classifier", "models", "features", "data.hashing", "data.crops", "data.mixing", "data.trivial",
         "data.views", "data.archives", "data.streams", "data.dataset",
     },
     {
         "data.copies", "data.folders", "data.unlabelled", "data.sources", "weights", "pretrained", "data", "data.inspect",
         "curves", "objective", "inference", "stepping",
     },
-    {"fresh", "fit", "loop", "recorded", "saving", "runs", "results"},
+    {"configuration", "fresh", "fit", "loop", "recorded", "saving", "runs", "results"},
     {
         "recipes", "tables", "teachers", "teachers.library", "teachers.class_map", "teachers.runner",
         "teachers.layout", "teachers.store", "teachers.stored",
@@ -52,10 +52,11 @@ LEVELS = [
     {"analysis.subjects", "resuming"},
     {"analysis.agreement", "analysis.calibration", "analysis.features", "analysis.surface", "analysis.teachers"},
     {"analysis.gather", "analysis.report"},
+    {"cli.completion"},
     {"cli.options"},
     {
         "cli.distill", "cli.train", "cli.evaluate", "cli.agreement", "cli.calibration", "cli.teachers", "cli.models", "cli.data",
-        "cli.targets", "cli.surface", "cli.features", "cli.report",
+        "cli.targets", "cli.surface", "cli.features", "cli.report", "cli.config",
     },
     {"cli"},
     {"__main__"},

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from ensemble_kd import console, distributed
-from ensemble_kd.config import SHORT
+from ensemble_kd.cli.completion import for_option
+from ensemble_kd.config import SHORT, variable_of
+from ensemble_kd.configuration import from_environment
 from ensemble_kd.errors import EkdError
 from ensemble_kd.fields import Options
 from ensemble_kd.interrupts import as_interrupt
@@ -30,6 +33,14 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="only warnings and th
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 
 
+class Merging(NamedTuple):
+    """What an options model is made from: flags, then before them a file, and assignments with the environment."""
+
+    given: dict[str, Any]
+    config: Path | None
+    sets: list[str]
+
+
 def verb(
     model: type[Options],
     flags: Sequence[str],
@@ -44,16 +55,27 @@ def verb(
         switches: field → flag and help for booleans that are on by default, such as `--no-train`.
     """
 
-    def decorate(work: Callable[..., None]) -> Callable[..., None]:
-        def command(
-            config: Path | None, sets: list[str] | None, json: bool, quiet: bool, debug: bool, **flags: Any
-        ) -> None:
-            given = {key: value for key, value in flags.items() if value not in (None, [], False)}
-            for field in switches or {}:
-                given[field] = False if flags[field] else None
-            device = flags.get("device") or "auto"
-            guarded(lambda: work(given, config, sets or [], json), quiet=quiet, debug=debug, device=device)
+    def read(config: Path | str | None, sets: Sequence[str] | None, **words: Any) -> Merging:
+        given = {
+            flag: list(words[flag]) if isinstance(words[flag], tuple) else words[flag]
+            for flag in flags
+            if words[flag] not in (None, [], (), False)
+        }
+        for field in switches or {}:
+            given[field] = False if words[field] else None
+        variables = from_environment(model, os.environ)
+        return Merging(given, Path(config) if config else None, [*(sets or ()), *variables])
 
+    def decorate(work: Callable[..., None]) -> Callable[..., None]:
+        def command(json: bool, quiet: bool, debug: bool, **words: Any) -> None:
+            def job() -> None:
+                given, config, sets = read(**words)
+                work(given, config, sets, json)
+
+            device = words.get("device") or os.environ.get(variable_of("device")) or "auto"
+            guarded(job, quiet=quiet, debug=debug, device=device)
+
+        command.read = read  # type: ignore[attr-defined]
         parameters = [
             _parameter(model, flag, flag in arguments, (switches or {}).get(flag)) for flag in flags
         ]
@@ -71,6 +93,15 @@ def verb(
     return decorate
 
 
+def merging(context: typer.Context, verb: str, words: Sequence[str]) -> Merging:
+    """What a verb would be given by these flags and the environment; wrong flags end as they do there."""
+    command: Any = context.find_root().command.get_command(context, verb)  # type: ignore[attr-defined]
+    with command.make_context(f"ekd {verb}", list(words)) as inner:
+        told = {name: value for name, value in inner.params.items() if name not in ("json", "quiet", "debug")}
+        found: Merging = command.callback.read(**told)
+        return found
+
+
 def _parameter(
     model: type[Options], name: str, positional: bool, switch: tuple[str, str] | None
 ) -> inspect.Parameter:
@@ -83,20 +114,35 @@ def _parameter(
         text += f"; default {plain}"
     elif isinstance(plain, list) and plain:
         text += f"; default {','.join(plain)}"
+    offer = for_option(name, field.annotation)
     flag, text = switch or (f"--{name.replace('_', '-')}", text)
     if switch or field.annotation is bool:
         hint: Any = Annotated[bool, typer.Option(flag, help=text)]
         default: Any = False
     elif positional and isinstance(field.default, list):
         metavar = name.removesuffix("s").upper()
-        hint, default = Annotated[list[str] | None, typer.Argument(help=text, metavar=metavar)], None
+        hint, default = (
+            Annotated[list[str] | None, typer.Argument(help=text, metavar=metavar, autocompletion=offer)],
+            None,
+        )
     elif positional:
-        hint, default = Annotated[str | None, typer.Argument(help=text, metavar=name.upper())], None
+        hint, default = (
+            Annotated[str | None, typer.Argument(help=text, metavar=name.upper(), autocompletion=offer)],
+            None,
+        )
     elif _takes_several(field.default, name):
         metavar = _TABLES.get(name, "A,B")
-        hint, default = Annotated[list[str] | None, typer.Option(flag, help=text, metavar=metavar)], None
+        hint, default = (
+            Annotated[list[str] | None, typer.Option(flag, help=text, metavar=metavar, autocompletion=offer)],
+            None,
+        )
     else:
-        hint, default = Annotated[str | None, typer.Option(flag, help=text, metavar=_metavar(field))], None
+        hint, default = (
+            Annotated[
+                str | None, typer.Option(flag, help=text, metavar=_metavar(field), autocompletion=offer)
+            ],
+            None,
+        )
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
 
 
@@ -138,6 +184,9 @@ def guarded(work: Callable[[], None], *, quiet: bool, debug: bool, device: str =
         raise typer.Exit(STOPPED) from None
     except typer.Exit:
         raise
+    except BrokenPipeError:  # who reads stdout has seen enough, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
     except Exception as error:
         if debug:
             raise
