@@ -64,7 +64,7 @@ def train(
     file = Path(config_file) if config_file else None
     chosen = config.resolve(TrainOptions, {**options, "model": model}, file=file, sets=sets)
     data = load_data(**chosen.load_arguments())
-    _check(chosen, data)
+    check_options(chosen, data)
     policy = data.augment if chosen.augment == "auto" else chosen.augment
     run = Run.create(
         "train",
@@ -78,7 +78,7 @@ def train(
         return _finish(run, chosen, data, policy)
 
 
-def _check(chosen: TrainOptions, data: Dataset) -> None:
+def check_options(chosen: TrainOptions, data: Dataset) -> None:
     """What can be wrong, as far as it can be told before anything is written."""
     name = parse(chosen.model)
     if chosen.role == "teacher" and not can_be_trained(name):

@@ -39,7 +39,7 @@ LEVELS = [
     },
     {"teachers.ensemble", "teachers.building", "teachers.targets"},
     {"teachers.registry", "teachers.catalogue", "teachers.combination"},
-    {"setting", "judges"},
+    {"setting", "judges", "timing", "planned"},
     {
         "distillation", "training", "evaluation", "analysis", "analysis.plots", "analysis.options", "analysis.diversity",
         "analysis.resampling", "analysis.corruptions", "analysis.pairs", "analysis.fidelity", "analysis.dark",
@@ -49,7 +49,7 @@ LEVELS = [
         "analysis.style", "analysis.page", "analysis.parts", "analysis.made", "analysis.sections", "analysis.seeds",
         "analysis.verdict",
     },
-    {"analysis.subjects", "resuming"},
+    {"analysis.subjects", "resuming", "planning"},
     {"analysis.agreement", "analysis.calibration", "analysis.features", "analysis.surface", "analysis.teachers"},
     {"analysis.gather", "analysis.report"},
     {"cli.completion"},

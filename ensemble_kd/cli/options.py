@@ -21,6 +21,7 @@ from ensemble_kd.fields import Options
 from ensemble_kd.interrupts import as_interrupt
 
 STOPPED = 75
+_COMMON = ("json", "quiet", "debug", "dry_run")
 NO_TRAIN = {"train_teachers": ("--no-train", "fail where a teacher would have to be trained")}
 _TABLES = {"temperature": "T|NAME=T,...", "teacher_size": "NAME=N,...", "class_map": "NAME=FILE,..."}
 
@@ -30,6 +31,10 @@ Config = Annotated[
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=V", help="any option; repeatable")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout instead of the table")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="only warnings and the result")]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="say what would run, for how long and how much it takes; write nothing"),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 
 
@@ -46,6 +51,7 @@ def verb(
     flags: Sequence[str],
     arguments: Sequence[str] = (),
     switches: Mapping[str, tuple[str, str]] | None = None,
+    planned: str = "",
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Turn `work(given, config, sets, json)` into a command with one flag a field in `flags`.
 
@@ -53,6 +59,7 @@ def verb(
         model: whose fields describe the flags; nested ones by the short names of `config.SHORT`.
         flags: names of fields; those named in `arguments` become positional.
         switches: field → flag and help for booleans that are on by default, such as `--no-train`.
+        planned: the verb as `planning.plan` knows it, where there is `--dry-run`.
     """
 
     def read(config: Path | str | None, sets: Sequence[str] | None, **words: Any) -> Merging:
@@ -67,10 +74,13 @@ def verb(
         return Merging(given, Path(config) if config else None, [*(sets or ()), *variables])
 
     def decorate(work: Callable[..., None]) -> Callable[..., None]:
-        def command(json: bool, quiet: bool, debug: bool, **words: Any) -> None:
+        def command(json: bool, quiet: bool, debug: bool, dry_run: bool = False, **words: Any) -> None:
             def job() -> None:
                 given, config, sets = read(**words)
-                work(given, config, sets, json)
+                if dry_run:
+                    show_plan(json, planned, config_file=config, sets=sets, **given)
+                else:
+                    work(given, config, sets, json)
 
             device = words.get("device") or os.environ.get(variable_of("device")) or "auto"
             guarded(job, quiet=quiet, debug=debug, device=device)
@@ -81,6 +91,8 @@ def verb(
         ]
         common = {"config": Config, "sets": Sets, "json": Json, "quiet": Quiet, "debug": Debug}
         defaults = {"config": None, "sets": None, "json": False, "quiet": False, "debug": False}
+        if planned:
+            common, defaults = {"dry_run": DryRun, **common}, {"dry_run": False, **defaults}
         parameters += [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=hint)
             for name, hint in common.items()
@@ -97,7 +109,7 @@ def merging(context: typer.Context, verb: str, words: Sequence[str]) -> Merging:
     """What a verb would be given by these flags and the environment; wrong flags end as they do there."""
     command: Any = context.find_root().command.get_command(context, verb)  # type: ignore[attr-defined]
     with command.make_context(f"ekd {verb}", list(words)) as inner:
-        told = {name: value for name, value in inner.params.items() if name not in ("json", "quiet", "debug")}
+        told = {name: value for name, value in inner.params.items() if name not in _COMMON}
         found: Merging = command.callback.read(**told)
         return found
 
@@ -197,6 +209,14 @@ def guarded(work: Callable[[], None], *, quiet: bool, debug: bool, device: str =
             file=sys.stderr,
         )
         raise typer.Exit(1) from None
+
+
+def show_plan(as_json: bool, verb: str, **arguments: Any) -> None:
+    """Print what a verb would do."""
+    from ensemble_kd.planning import plan
+
+    found = plan(verb, **arguments)
+    emit(as_json, found.facts, found.table())
 
 
 def emit(as_json: bool, value: Any, text: str) -> None:
