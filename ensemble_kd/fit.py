@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ensemble_kd import distributed
+from ensemble_kd import distributed, trackers
 from ensemble_kd.checkpoints import Checkpoints
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.console import log, progress
@@ -86,6 +86,7 @@ def fit(
             speed = {"seconds": seconds, "images_per_second": loop.steps * loop.size / seconds}
             saving.history.append(row | {"lr": rate, "soft_weight": weight, **speed})
             _tell(description, recipe.epochs, saving.history[-1], advance)
+            trackers.log_epoch(description, saving.history[-1])
     model.eval()
     return saving.history
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from ensemble_kd import config, recipes
+from ensemble_kd import config, recipes, trackers
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.data import FOLDER, load_data
 from ensemble_kd.data.dataset import Dataset
 from ensemble_kd.device import choose_device, free_memory, peak_memory
-from ensemble_kd.errors import ConfigError, EkdError, Problem, nearest
+from ensemble_kd.errors import ConfigError, EkdError, Problem, nearest, together
 from ensemble_kd.features import feature_width
 from ensemble_kd.files import cache_dir, free_at, sha256_file
 from ensemble_kd.fresh import new_classifier
@@ -153,7 +153,9 @@ def _to_train(
 def _distill(
     options: DistillOptions, run: Run | None, stores_only: bool
 ) -> tuple[dict[str, Any], torch.device]:
-    setting, names = prepare(options, Objects({}))
+    _, (setting, names) = together(
+        lambda: trackers.check(options.track), lambda: prepare(options, Objects({}))
+    )
     data, viewing = setting.data, setting.viewing
     seats = [_seat(name, setting, options.teacher_seed) for name in names if name is not None]
     targets, live = _targets(seats, setting)

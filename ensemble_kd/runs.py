@@ -52,6 +52,7 @@ _OVERWRITTEN = (
     "checkpoints",
     "analysis",
     "report",
+    "tracking",
 )
 """What a run writes; anything else in its folder is the user's."""
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors")

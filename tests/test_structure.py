@@ -18,7 +18,7 @@ FOLDERS = {"ensemble_kd": ROOT / "ensemble_kd", "ensemble_kd.teachers": ROOT / "
 # fmt: off
 LEVELS = [
     {"ensemble_kd"},
-    {"errors", "files", "console", "names", "interrupts", "locks", "distributed"},
+    {"errors", "files", "console", "names", "interrupts", "locks", "distributed", "trackers"},
     {
         "losses", "combine", "weighting", "calibration", "metrics", "initialise", "students", "forms",
         "fields", "schema", "device", "imagenet", "topk", "fused", "profiling", "graphs", "guards", "checkpoints",

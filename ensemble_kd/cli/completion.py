@@ -22,6 +22,8 @@ _LISTS = {
 
 def for_option(name: str, annotation: Any) -> Callable[[str], list[str]] | None:
     """What completes the values of an option: names of models or data, or its choices; None where neither fits."""
+    if name == "track":
+        return lambda incomplete: offered(incomplete, ("tensorboard", "wandb", "trackio"))
     if name in _LISTS:
         find = _models if _LISTS[name] == "models" else lambda: list(SOURCES)
         return lambda incomplete: offered(incomplete, find())

@@ -65,6 +65,7 @@ _FLAGS = (
     "device",
     "compile",
     "profile",
+    "track",
     "offline",
     "out",
     "overwrite",

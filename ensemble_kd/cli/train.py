@@ -29,6 +29,7 @@ _FLAGS = (
     "device",
     "compile",
     "profile",
+    "track",
     "offline",
     "out",
     "overwrite",
