@@ -68,7 +68,8 @@ def fit(
     _make_ready(model, train, recipe, seed)
     steps_an_epoch = max(1, len(train) // recipe.batch_size)
     tapped = FeatureTap(model, "the student") if objective.features else nullcontext()
-    shown = progress(description, recipe.epochs * steps_an_epoch)
+    size = min(recipe.batch_size, len(train))
+    shown = progress(description, recipe.epochs * steps_an_epoch, "images", size)
     with deferred() as stop, shown as advance, _own_random_state(device), tapped as tap:
         torch.manual_seed(distributed.own_seed(seed))  # dropout; everything else has its own hash
         loop = Loop(model, train, recipe, objective, viewing, seed, engine, advance, description)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ensemble_kd.console import lasting
 from ensemble_kd.files import readable
 from ensemble_kd.tables import text_table
 
@@ -124,15 +125,6 @@ def _room(facts: dict[str, Any]) -> list[str]:
     free = "" if memory["free"] is None else f", {readable(memory['free'])} free"
     lines.append(f"memory: {readable(memory['needed'])} needed{free}")
     return lines if facts["enough"] else [*lines, "warning: that is not enough"]
-
-
-def lasting(seconds: float) -> str:
-    """Seconds for people: 41 s, 3 min, 2.5 h."""
-    if seconds < 1:
-        return f"{seconds:.1f} s"
-    if seconds < 180:
-        return f"{seconds:,.0f} s"
-    return f"{seconds / 60:,.0f} min" if seconds < 10_800 else f"{seconds / 3600:,.1f} h"
 
 
 def rows_of(networks: Sequence[Network]) -> list[dict[str, Any]]:

@@ -110,7 +110,7 @@ def build(stores: Sequence[Store], ensemble: Ensemble, train: Images, viewing: V
         total = sum(len(chunk) for missing in left.values() for chunk in _chunks(missing, _batch(train)))
         if total:
             _tell(stores, ensemble, train, viewing, list(left.values()))
-        with progress("teachers: storing targets", total) as advance:
+        with progress("teachers: storing targets", total, "images") as advance:
             for view_id, missing in left.items():
                 _build_view(stores, ensemble, train, viewing, view_id, missing, advance)
     distributed.wait()

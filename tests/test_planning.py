@@ -15,7 +15,7 @@ import ensemble_kd
 from ensemble_kd import loop, timing
 from ensemble_kd.cli import app
 from ensemble_kd.errors import ConfigError, DataError, ModelError
-from ensemble_kd.planned import FACTOR, lasting
+from ensemble_kd.planned import FACTOR
 
 SMALL = {
     "teachers": ["lenet", "resnet8"],
@@ -195,13 +195,3 @@ def test_what_is_refused(tmp_path, own_cache, checkpoints):
         f"unpack it first: ekd data imagefolder:{tmp_path / 'a.zip'}",
     ):
         ensemble_kd.plan("distill", teachers=["lenet"], data=f"imagefolder:{tmp_path / 'a.zip'}")
-
-
-def test_times_for_people():
-    assert [lasting(s) for s in (0.04, 41.2, 200, 9000, 36_000)] == [
-        "0.0 s",
-        "41 s",
-        "3 min",
-        "150 min",
-        "10.0 h",
-    ]
