@@ -35,6 +35,7 @@ _API = {
     "list_targets": "ensemble_kd.teachers.stored",
     "verify_targets": "ensemble_kd.teachers.stored",
     "prune_targets": "ensemble_kd.teachers.stored",
+    "doctor": "ensemble_kd.examining",
     "plan": "ensemble_kd.planning",
     "config_template": "ensemble_kd.configuration",
     "show_config": "ensemble_kd.configuration",
@@ -58,6 +59,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from ensemble_kd.distillation import distill as distill
     from ensemble_kd.errors import EkdError as EkdError
     from ensemble_kd.evaluation import evaluate as evaluate
+    from ensemble_kd.examining import doctor as doctor
     from ensemble_kd.judges import build_targets as build_targets
     from ensemble_kd.planning import plan as plan
     from ensemble_kd.resuming import resume as resume

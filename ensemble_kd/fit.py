@@ -66,10 +66,9 @@ def fit(
     engine = engine or Engine()
     train, val = train.to(device), val.to(device)
     _make_ready(model, train, recipe, seed)
-    steps_an_epoch = max(1, len(train) // recipe.batch_size)
     tapped = FeatureTap(model, "the student") if objective.features else nullcontext()
-    size = min(recipe.batch_size, len(train))
-    shown = progress(description, recipe.epochs * steps_an_epoch, "images", size)
+    steps = recipe.epochs * max(1, len(train) // recipe.batch_size)
+    shown = progress(description, steps, "images", min(recipe.batch_size, len(train)))
     with deferred() as stop, shown as advance, _own_random_state(device), tapped as tap:
         torch.manual_seed(distributed.own_seed(seed))  # dropout; everything else has its own hash
         loop = Loop(model, train, recipe, objective, viewing, seed, engine, advance, description)
@@ -87,7 +86,6 @@ def fit(
             speed = {"seconds": seconds, "images_per_second": loop.steps * loop.size / seconds}
             saving.history.append(row | {"lr": rate, "soft_weight": weight, **speed})
             _tell(description, recipe.epochs, saving.history[-1], advance)
-            trackers.log_epoch(description, saving.history[-1])
     model.eval()
     return saving.history
 
@@ -165,6 +163,7 @@ def _tell(description: str, epochs: int, row: dict[str, Any], advance: Callable[
     shown = {"acc": "accuracy", "loss": "loss"}
     note = " ".join(f"{short} {val[name]:.3f}" for short, name in shown.items() if name in val)
     advance(0, note=note)
+    trackers.log_epoch(description, row)
     log.debug(
         "%s  epoch %d/%d  val %s  %.1f s  %d img/s",
         description,

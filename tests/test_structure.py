@@ -39,7 +39,7 @@ LEVELS = [
     },
     {"teachers.ensemble", "teachers.building", "teachers.targets"},
     {"teachers.registry", "teachers.catalogue", "teachers.combination"},
-    {"setting", "judges", "timing", "planned"},
+    {"setting", "judges", "timing", "planned", "examining"},
     {
         "distillation", "training", "evaluation", "analysis", "analysis.plots", "analysis.options", "analysis.diversity",
         "analysis.resampling", "analysis.corruptions", "analysis.pairs", "analysis.fidelity", "analysis.dark",
@@ -56,7 +56,7 @@ LEVELS = [
     {"cli.options"},
     {
         "cli.distill", "cli.train", "cli.evaluate", "cli.agreement", "cli.calibration", "cli.teachers", "cli.models", "cli.data",
-        "cli.targets", "cli.surface", "cli.features", "cli.report", "cli.config",
+        "cli.targets", "cli.surface", "cli.features", "cli.report", "cli.config", "cli.doctor",
     },
     {"cli"},
     {"__main__"},

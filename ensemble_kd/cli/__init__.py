@@ -28,6 +28,7 @@ VERBS = {
     "data": ("data", "Show a data source, and what is wrong with it."),
     "targets": ("targets", "Build, list, verify and remove the kept outputs of teachers."),
     "config": ("config", "Write, show and check configurations."),
+    "doctor": ("doctor", "What this machine has, what is missing, and how to get it."),
 }
 """Each verb's file in this folder, and its line in `ekd --help`; in the file it is called like the verb."""
 
