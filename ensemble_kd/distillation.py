@@ -139,7 +139,6 @@ def _finish(run: Run, setting: Setting, names: Sequence[ModelName | None], watch
         watch.lap("teachers")
         networks = _train_networks(run, setting, judges, names, watch)
         metrics = _conclude(run, setting, judges, networks, watch)
-        trackers.log_results(metrics)
     return DistillResult(run.folder, metrics, networks["student"])
 
 
@@ -294,6 +293,7 @@ def _conclude(
     }
     run.write_json("manifest.json", manifest)
     run.write_json("metrics.json", metrics)
+    trackers.log_results(metrics)
     return metrics
 
 

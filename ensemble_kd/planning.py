@@ -24,6 +24,7 @@ from ensemble_kd.loop import Engine
 from ensemble_kd.models import ModelName, parse
 from ensemble_kd.objective import Viewing
 from ensemble_kd.planned import METHOD, Network, Plan, Targets, most, rows_of, seconds_of
+from ensemble_kd.resuming import stopped
 from ensemble_kd.runs import RUNS, Run
 from ensemble_kd.schema import DataOptions, DistillOptions, TrainOptions
 from ensemble_kd.setting import Objects, Setting, engine_of, prepare, running_of, teacher_of
@@ -74,7 +75,7 @@ def plan(
     file, run = Path(config_file) if config_file else None, None
     model: type[TrainOptions] | type[DistillOptions] = TrainOptions if verb == "train" else DistillOptions
     if verb == "resume":
-        run = Run.open(Path(folder or ""))
+        run = stopped(folder or "")
         model, file = (
             (TrainOptions if run.status()["verb"] == "train" else DistillOptions),
             run.path("config.yaml"),

@@ -257,3 +257,14 @@ def test_what_completes_is_what_there_is():
     assert set(OWN) == set(STUDENTS)
     assert {name for name in SOURCES if not name.endswith(":")} <= set(KNOWN_SOURCES)
     assert offered("a,b", ["b1", "b2", "c"]) == ["a,b1", "a,b2"]
+
+
+def test_flags_are_those_of_the_verb():
+    wrong = ekd("config", "show", "train", "--epoch", "3")
+    assert wrong.exit_code == 2
+    assert "No such option: --epoch" in wrong.stderr
+    assert ekd("config", "show", "distil").stderr.endswith("  fix: did you mean 'distill'?\n")
+    shown = json.loads(ekd("config", "show", "train", "lenet", "--epochs", "3", "--json").stdout)
+    assert shown["options"]["model"] == {"value": "lenet", "from": "flag"}
+    unasked = json.loads(ekd("config", "show", "distill", "--teachers", "a", "--no-train", "--json").stdout)
+    assert unasked["options"]["train_teachers"] == {"value": False, "from": "flag"}

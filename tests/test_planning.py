@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import ensemble_kd
 from ensemble_kd import loop, timing
 from ensemble_kd.cli import app
-from ensemble_kd.errors import ConfigError, DataError, ModelError
+from ensemble_kd.errors import ConfigError, DataError, ModelError, RunError
 from ensemble_kd.planned import FACTOR
 
 SMALL = {
@@ -195,3 +195,14 @@ def test_what_is_refused(tmp_path, own_cache, checkpoints):
         f"unpack it first: ekd data imagefolder:{tmp_path / 'a.zip'}",
     ):
         ensemble_kd.plan("distill", teachers=["lenet"], data=f"imagefolder:{tmp_path / 'a.zip'}")
+
+
+def test_a_finished_run_is_not_planned(planned_and_done):
+    run = planned_and_done[2]
+    with refused(
+        RunError,
+        f"{run.folder} is finished",
+        "there is nothing left to do",
+        f"look at it: ekd analyze-agreement {run.folder}",
+    ):
+        ensemble_kd.plan("resume", folder=run.folder)

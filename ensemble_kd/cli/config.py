@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ensemble_kd.cli.options import Debug, Json, Quiet, emit, guarded, merging
+from ensemble_kd.configuration import VERBS
 
 config = typer.Typer(
     help="Write, show and check configurations.", no_args_is_help=True, rich_markup_mode=None
@@ -69,11 +70,14 @@ def show(
     if verb.startswith("-"):  # flags at once: the verb was left out
         verb, words = "distill", [verb, *words]
 
+    found = merging(context, verb, words) if verb in VERBS else None
+
     def work() -> None:
         from ensemble_kd.configuration import options_of, show_config, shown
 
         options_of(verb)
-        given, file, sets = merging(context, verb, words)
+        assert found is not None
+        given, file, sets = found()
         rows = show_config(verb, config_file=file, sets=sets, **given)
         values: dict[str, Any] = {
             row["option"]: {"value": row["value"], "from": row["origin"]} for row in rows

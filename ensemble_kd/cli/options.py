@@ -105,13 +105,12 @@ def verb(
     return decorate
 
 
-def merging(context: typer.Context, verb: str, words: Sequence[str]) -> Merging:
-    """What a verb would be given by these flags and the environment; wrong flags end as they do there."""
+def merging(context: typer.Context, verb: str, words: Sequence[str]) -> Callable[[], Merging]:
+    """What a verb would be given by these flags, and by the environment; wrong flags end as they do there."""
     command: Any = context.find_root().command.get_command(context, verb)  # type: ignore[attr-defined]
     with command.make_context(f"ekd {verb}", list(words)) as inner:
         told = {name: value for name, value in inner.params.items() if name not in _COMMON}
-        found: Merging = command.callback.read(**told)
-        return found
+    return lambda: command.callback.read(**told)
 
 
 def _parameter(
