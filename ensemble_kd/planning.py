@@ -284,8 +284,7 @@ def _stored_rows(seat: _Seat, layout: Layout, setting: Setting) -> int:
 def _students(setting: Setting, run: Run | None, live: float) -> tuple[list[Network], float]:
     """The student and its controls, and the seconds of an image in a pass through one of them."""
     data, recipe, start = setting.data, setting.recipe, setting.start.to(setting.device)
-    viewing = replace(setting.viewing, mix="none") if setting.transfer.labels is None else setting.viewing
-    step = seconds_a_step(start, data.train, recipe, viewing, engine_of(setting.options))
+    step = seconds_a_step(start, data.train, recipe, setting.viewing, engine_of(setting.options))
     image = seconds_an_image(start.eval(), data.val)
     rows = []
     for name in ["student", *setting.options.controls]:

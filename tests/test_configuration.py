@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from support import refused
 from typer.testing import CliRunner
 
@@ -228,6 +229,15 @@ def test_every_verb_of_the_table_is_there_with_its_help():
         assert ekd(verb, "--help").exit_code == 0
     assert ekd("distil").exit_code == 2
     assert "No such command 'distil'" in ekd("distil").stderr
+
+
+def test_every_verb_with_options_has_them_in_files_and_variables():
+    """`targets build` takes those of `distill`."""
+    root = typer.main.get_command(app)
+    commands = {verb: root.get_command(None, verb) for verb in VERBS}
+    assert {verb for verb, command in commands.items() if hasattr(command.callback, "read")} == set(
+        configuration.VERBS
+    )
 
 
 def test_the_shell_is_offered_verbs_flags_models_and_choices(tmp_path, monkeypatch):
