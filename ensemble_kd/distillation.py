@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ensemble_kd import config, distributed, files
+from ensemble_kd import config, distributed, files, trackers
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.console import log
 from ensemble_kd.curves import draw_curves
+from ensemble_kd.errors import together
 from ensemble_kd.features import FeatureTerm, feature_width
 from ensemble_kd.fit import fit
 from ensemble_kd.interrupts import deferred
@@ -91,7 +92,10 @@ def go_on(run: Run, shared: Shared | None = None) -> DistillResult:
         run.must_match("configuration", config.flat(config.read_yaml(run.path("config.yaml"))))
         options = config.resolve(DistillOptions, {}, file=run.path("config.yaml"))
         watch = Stopwatch()
-        setting, names = prepare(options, Objects({}, shared=shared or Shared()))
+        _, (setting, names) = together(
+            lambda: trackers.check(options.track),
+            lambda: prepare(options, Objects({}, shared=shared or Shared())),
+        )
         return finish(run, setting, names, watch)
 
 
@@ -100,7 +104,7 @@ def distill_with(options: DistillOptions, objects: Objects) -> DistillResult:
     if distributed.restarted() and options.out and (options.out / "status.json").is_file() and not objects:
         return go_on(Run.open(options.out).locked())
     watch = Stopwatch()
-    setting, names = prepare(options, objects)
+    _, (setting, names) = together(lambda: trackers.check(options.track), lambda: prepare(options, objects))
     run = new_run(setting, OBJECTS if objects else "distill")
     with run.working():
         return finish(run, setting, names, watch)
@@ -135,11 +139,15 @@ def finish(run: Run, setting: Setting, names: Sequence[ModelName | None], watch:
     data = {"fingerprint": setting.data.fingerprint(), "transfer": setting.transfer.digest}
     run.must_match("data", data | {"combiner": _code_of(setting.combination.name)})
     watch.lap("data")
-    judges = combined(teachers_of(names, setting), setting)
-    run.must_match("teachers", {teacher.label: teacher.fingerprint for teacher in judges.ensemble.teachers})
-    watch.lap("teachers")
-    networks = _train_networks(run, setting, judges, names, watch)
-    metrics = _conclude(run, setting, judges, networks, watch)
+    chosen = config.flat(config.read_yaml(run.path("config.yaml")))
+    with trackers.tracking(setting.options.track, run.folder, chosen):
+        judges = combined(teachers_of(names, setting), setting)
+        run.must_match(
+            "teachers", {teacher.label: teacher.fingerprint for teacher in judges.ensemble.teachers}
+        )
+        watch.lap("teachers")
+        networks = _train_networks(run, setting, judges, names, watch)
+        metrics = _conclude(run, setting, judges, networks, watch)
     return DistillResult(run.folder, metrics, networks["student"])
 
 
@@ -296,6 +304,7 @@ def _conclude(
     }
     run.write_json("manifest.json", manifest)
     run.write_json("metrics.json", metrics)
+    trackers.log_results(metrics)
     return metrics
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ensemble_kd import distributed
+from ensemble_kd import distributed, trackers
 from ensemble_kd.checkpoints import Checkpoints
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.console import log, progress
@@ -66,9 +66,9 @@ def fit(
     engine = engine or Engine()
     train, val = train.to(device), val.to(device)
     make_ready(model, train, recipe, seed)
-    steps_an_epoch = max(1, len(train) // recipe.batch_size)
     tapped = FeatureTap(model, "the student") if objective.features else nullcontext()
-    shown = progress(description, recipe.epochs * steps_an_epoch)
+    steps = recipe.epochs * max(1, len(train) // recipe.batch_size)
+    shown = progress(description, steps, "images", min(recipe.batch_size, len(train)))
     with deferred() as stop, shown as advance, _own_random_state(device), tapped as tap:
         torch.manual_seed(distributed.own_seed(seed))  # dropout; everything else has its own hash
         loop = Loop(model, train, recipe, objective, viewing, seed, engine, advance, description)
@@ -164,6 +164,7 @@ def _tell(description: str, epochs: int, row: dict[str, Any], advance: Callable[
     shown = {"acc": "accuracy", "loss": "loss"}
     note = " ".join(f"{short} {val[name]:.3f}" for short, name in shown.items() if name in val)
     advance(0, note=note)
+    trackers.log_epoch(description, row)
     log.debug(
         "%s  epoch %d/%d  val %s  %.1f s  %d img/s",
         description,

@@ -40,7 +40,7 @@ OBJECTS = "distill with objects"
 _OVERWRITTEN = (
     "history.jsonl", "metrics.json", "manifest.json", "status.json", "train.log", "curves.png",
     "student.safetensors", "model.safetensors", "predictions.safetensors", "profile.json", "trace.json",
-    "controls", "checkpoints", "analysis", "report", "export",
+    "controls", "checkpoints", "analysis", "report", "export", "tracking",
 )  # fmt: skip
 """What a run writes; anything else in its folder is the user's."""
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors")

@@ -18,14 +18,15 @@ FOLDERS = {"ensemble_kd": ROOT / "ensemble_kd", "ensemble_kd.teachers": ROOT / "
 # fmt: off
 LEVELS = [
     {"after_timm", "ensemble_kd"},
-    {"errors", "files", "console", "names", "interrupts", "locks", "distributed"},
+    {"errors", "files", "console", "names", "interrupts", "locks", "distributed", "trackers"},
     {
         "losses", "combine", "weighting", "calibration", "metrics", "initialise", "students", "forms",
         "fields", "schema", "device", "imagenet", "topk", "fused", "profiling", "graphs", "guards", "checkpoints",
         "shared_norm", "shared", "deploying", "portable",
     },
     {
-        "config", "classifier", "timm_students", "models", "features", "data.hashing", "data.crops", "data.mixing", "data.trivial",
+        "config", "classifier", "yamls", "timm_students", "models", "features",
+        "data.hashing", "data.crops", "data.mixing", "data.trivial",
         "data.views", "data.archives", "data.headers", "data.shards", "data.streams", "data.dataset",
     },
     {
@@ -33,16 +34,17 @@ LEVELS = [
         "data.unlabelled", "data.sources", "weights", "pretrained", "data", "data.inspect",
         "curves", "objective", "inference", "stepping", "stacked", "timm_form", "exported",
     },
-    {"fresh", "fit", "fleet", "loop", "recorded", "saving", "runs", "results"},
+    {"configuration", "fresh", "fit", "fleet", "loop", "recorded", "saving", "runs", "results"},
     {
         "recipes", "tables", "model_card", "teachers", "teachers.library", "teachers.class_map", "teachers.runner",
         "teachers.layout", "teachers.store", "teachers.stored",
     },
     {"teachers.ensemble", "teachers.sharding", "teachers.building", "teachers.targets"},
     {"teachers.registry", "teachers.catalogue", "teachers.combination"},
-    {"checking", "setting", "judges"},
+    {"checking", "setting", "judges", "timing", "planned", "examining"},
     {
-        "distillation", "training", "evaluation", "exporting", "predicting", "verifying", "analysis", "analysis.plots", "analysis.options", "analysis.diversity",
+        "distillation", "training", "evaluation", "exporting", "predicting", "verifying",
+        "analysis", "analysis.plots", "analysis.options", "analysis.diversity",
         "analysis.resampling", "analysis.intervals", "analysis.corruptions", "analysis.pairs", "analysis.fidelity", "analysis.dark",
         "analysis.plots_agreement", "analysis.tables_agreement",
         "analysis.plots_calibration", "analysis.plots_surface", "analysis.planes",
@@ -51,14 +53,15 @@ LEVELS = [
         "analysis.verdict", "analysis.likeness", "analysis.plots_classes", "analysis.blocks", "analysis.parts_inside",
         "grid", "analysis.study_numbers",
     },
-    {"analysis.subjects", "resuming", "together", "analysis.plots_study", "analysis.study_page"},
+    {"analysis.subjects", "resuming", "planning", "together", "analysis.plots_study", "analysis.study_page"},
     {"analysis.agreement", "analysis.calibration", "analysis.features", "analysis.surface", "analysis.teachers"},
     {"analysis.gather", "analysis.studies", "analysis.report"},
     {"study"},
+    {"cli.completion"},
     {"cli.options"},
     {
         "cli.distill", "cli.train", "cli.evaluate", "cli.agreement", "cli.calibration", "cli.teachers", "cli.models", "cli.data",
-        "cli.targets", "cli.surface", "cli.features", "cli.report", "cli.study",
+        "cli.targets", "cli.surface", "cli.features", "cli.report", "cli.study", "cli.config", "cli.doctor",
         "cli.export", "cli.predict", "cli.verify",
     },
     {"cli"},
