@@ -18,12 +18,11 @@ from ensemble_kd.errors import ConfigError, Problem
 from ensemble_kd.metrics import within
 from ensemble_kd.models import ModelName
 from ensemble_kd.schema import DistillOptions
-from ensemble_kd.setting import Objects, Setting, prepare, teacher_of
+from ensemble_kd.setting import Objects, Setting, prepare, running_of, teacher_of
 from ensemble_kd.teachers.building import Keeping
 from ensemble_kd.teachers.combination import best_alone, set_up
 from ensemble_kd.teachers.ensemble import Ensemble, Teacher
 from ensemble_kd.teachers.registry import can_be_trained
-from ensemble_kd.teachers.runner import Running
 from ensemble_kd.teachers.sharding import sharded
 from ensemble_kd.teachers.store import Store
 from ensemble_kd.teachers.targets import StoredTargets
@@ -97,7 +96,7 @@ def _shared(teacher: Teacher, setting: Setting) -> Teacher:
 
 def combined(teachers: Sequence[Teacher], setting: Setting) -> Judges:
     """The teachers as an ensemble, with all that is fitted on the validation split."""
-    running = Running(setting.options.teacher_batch, setting.options.teacher_precision)
+    running = running_of(setting.options)
     teachers = [replace(teacher, running=running) for teacher in teachers]
     val, options = setting.data.val, setting.options
     temperatures = torch.tensor([setting.temperatures[teacher.label] for teacher in teachers])

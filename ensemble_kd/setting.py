@@ -42,6 +42,7 @@ from ensemble_kd.teachers.class_map import ClassMap
 from ensemble_kd.teachers.combination import Combination, find_combiner
 from ensemble_kd.teachers.ensemble import Teacher
 from ensemble_kd.teachers.registry import check_teacher, load_teacher
+from ensemble_kd.teachers.runner import Running
 from ensemble_kd.teachers.sharding import check_processes
 from ensemble_kd.weighting import inputs_of
 
@@ -273,6 +274,11 @@ def _tell_views(policy: str, views: int, still: bool) -> None:
             policy,
             VIEWS_COST,
         )
+
+
+def running_of(options: DistillOptions) -> Running:
+    """How teachers are run for targets."""
+    return Running(options.teacher_batch, options.teacher_precision)
 
 
 def engine_of(options: RunOptions, trace: Path | None = None) -> Engine:
