@@ -22,8 +22,15 @@ from ensemble_kd.errors import ConfigError
 from ensemble_kd.schema import DistillOptions, EvaluateOptions, TrainOptions
 from ensemble_kd.students import STUDENTS
 
-NEEDED = {"train": {"model": "lenet"}, "evaluate": {"path": "runs/a"}, "distill": {"teachers": ["lenet"]},
-          "analyze-teachers": {"teachers": ["lenet"]}}  # fmt: skip
+NEEDED = {
+    "train": {"model": "lenet"},
+    "evaluate": {"path": "runs/a"},
+    "predict": {"model": "runs/a", "images": ["a.png"]},
+    "export": {"run": "runs/a"},
+    "distill": {"teachers": ["lenet"]},
+    "study": {"teachers": ["lenet"], "over": {"temperature": [1, 2]}},
+    "analyze-teachers": {"teachers": ["lenet"]},
+}
 
 
 def ekd(*arguments, **env):
