@@ -4,10 +4,15 @@ BIN := .venv/bin
 # Where row 9 of `make bench` finds real images; Debian's package dataset-fashion-mnist puts them there.
 FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 
-.PHONY: demo test lint types bench torture clean
+.PHONY: demo test study lint types bench torture fuzz clean
 
 demo: .venv/.installed
 	$(BIN)/ekd distill --teachers resnet18,vgg16 --student lenet
+
+# Studies 1 and 2 of docs/results.md on the embedded digits, each over five seeds.
+study: .venv/.installed
+	$(BIN)/ekd study regimes --jobs 2
+	$(BIN)/ekd study temperature --jobs 2
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
@@ -31,6 +36,12 @@ bench: .venv/.bench
 # What must survive kills, flipped bits, malformed files, full disks, signals and a second process.
 torture: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/torture.py --out benchmarks/results/torture.json
+
+# Malformed files for every reader of files, MINUTES each (19 readers, JOBS at a time).
+MINUTES ?= 10
+JOBS ?= 1
+fuzz: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --minutes $(MINUTES) --jobs $(JOBS) --out benchmarks/results/fuzz.json
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -36,11 +36,17 @@ _API = {
     "analyze_features": "ensemble_kd.analysis.features",
     "analyze_surface": "ensemble_kd.analysis.surface",
     "report": "ensemble_kd.analysis.report",
+    "study": "ensemble_kd.study",
     "analyze_teachers": "ensemble_kd.analysis.teachers",
     "build_targets": "ensemble_kd.judges",
     "list_targets": "ensemble_kd.teachers.stored",
     "verify_targets": "ensemble_kd.teachers.stored",
     "prune_targets": "ensemble_kd.teachers.stored",
+    "doctor": "ensemble_kd.examining",
+    "plan": "ensemble_kd.planning",
+    "config_template": "ensemble_kd.configuration",
+    "show_config": "ensemble_kd.configuration",
+    "validate_config": "ensemble_kd.configuration",
     "EkdError": "ensemble_kd.errors",
 }
 __all__ = [*_API, "__version__"]
@@ -52,15 +58,21 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from ensemble_kd.analysis.report import report as report
     from ensemble_kd.analysis.surface import analyze_surface as analyze_surface
     from ensemble_kd.analysis.teachers import analyze_teachers as analyze_teachers
+    from ensemble_kd.configuration import config_template as config_template
+    from ensemble_kd.configuration import show_config as show_config
+    from ensemble_kd.configuration import validate_config as validate_config
     from ensemble_kd.data import load_data as load_data
     from ensemble_kd.data.inspect import inspect_data as inspect_data
     from ensemble_kd.distillation import distill as distill
     from ensemble_kd.errors import EkdError as EkdError
     from ensemble_kd.evaluation import evaluate as evaluate
+    from ensemble_kd.examining import doctor as doctor
     from ensemble_kd.exporting import export as export
     from ensemble_kd.judges import build_targets as build_targets
+    from ensemble_kd.planning import plan as plan
     from ensemble_kd.predicting import predict_images as predict_images
     from ensemble_kd.resuming import resume as resume
+    from ensemble_kd.study import study as study
     from ensemble_kd.teachers.catalogue import list_models as list_models
     from ensemble_kd.teachers.registry import load_teacher as load_teacher
     from ensemble_kd.teachers.stored import list_targets as list_targets

@@ -79,20 +79,29 @@ class Checkpoints:
         try:
             contents = files.read_folder(path)
             state = json.loads(contents.pop("state.json"))
+            of_this = state.get("format") == _FORMAT and state.get("key") == self._key
+            threads = state["threads"] if of_this else None
             model, optimizer, rng = (
                 safetensors.torch.load(contents[f"{part}.safetensors"]) for part in _PARTS
             )
-        except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            RecursionError,
+            safetensors.SafetensorError,
+        ) as error:
             log.warning("checkpoint %s is damaged and is passed over: %s", path, error)
             return None
-        if state.get("format") != _FORMAT or state.get("key") != self._key:
+        if not of_this:
             log.warning("checkpoint %s is of another training and is passed over", path)
             return None
-        if state["threads"] != torch.get_num_threads():
+        if threads != torch.get_num_threads():
             log.warning(
-                "%d threads, and the checkpoint was made with %d: sums may differ in their last bits",
+                "%d threads, and the checkpoint was made with %s: sums may differ in their last bits",
                 torch.get_num_threads(),
-                state["threads"],
+                threads,
             )
         return Snapshot(model, optimizer, rng, state)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ensemble_kd.errors import ConfigError, EkdError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 T = TypeVar("T")
@@ -154,9 +155,17 @@ def share(index: Tensor) -> Tensor:
 
 
 def own_part(index: Tensor) -> Tensor:
-    """This process' `share` of `index`, or any one of it where the share is empty, so that there is work to do."""
+    """This process' `share` of `index`, filled up by its first to as many as any process has.
+
+    So each has work to do, and forward passes that all take part in are equally many.
+    """
     own = share(index)
-    return own if len(own) else index[:1]
+    missing = -(-len(index) // size()) - len(own)
+    if not missing:
+        return own
+    import torch
+
+    return torch.cat([own, index[:1].expand(missing)])
 
 
 def gathered(part: Tensor, total: int) -> Tensor:
@@ -189,3 +198,20 @@ def greatest(values: Tensor) -> None:
         import torch.distributed as dist
 
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
+
+
+def most(count: int, device: torch.device) -> int:
+    """The largest of the processes' counts."""
+    if size() == 1:
+        return count
+    import torch
+
+    box = torch.tensor(count, device=device)
+    greatest(box)
+    return int(box)
+
+
+def whole(values: Tensor) -> Tensor:
+    """All of a tensor of which each process holds a part (see `teachers.sharding`); others as they are."""
+    parts: Any = values
+    return parts.full_tensor() if hasattr(parts, "full_tensor") else values

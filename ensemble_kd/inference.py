@@ -48,11 +48,15 @@ def batch_for(size: tuple[int, int], device: torch.device) -> int:
 
 
 @torch.inference_mode()
+def predict_pixels(model: Classifier, pixels: Tensor) -> Tensor:
+    """Logits (B, C), float32, of images (B, C, H, W) at once, in this process alone."""
+    with _whole_mantissa():
+        return model(pixels).float()
+
+
 def _logits(model: Classifier, images: Images) -> Iterator[Tensor]:
     for batch in images.batches(batch_for(model.card.preprocess.size, images.ids.device)):
-        with _whole_mantissa():
-            logits = model(batch.decoded).float()
-        yield logits
+        yield predict_pixels(model, batch.decoded)
 
 
 @contextmanager

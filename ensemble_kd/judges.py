@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,15 @@ from ensemble_kd.setting import Objects, Setting, prepare, running_of, teacher_o
 from ensemble_kd.teachers.building import Keeping
 from ensemble_kd.teachers.combination import best_alone, set_up
 from ensemble_kd.teachers.ensemble import Ensemble, Teacher
+from ensemble_kd.teachers.registry import can_be_trained
+from ensemble_kd.teachers.sharding import sharded
 from ensemble_kd.teachers.store import Store
 from ensemble_kd.teachers.targets import StoredTargets
 
 OTHER_SEEDS = 1000
 """What is added to the teachers' seeds for the control `independent`."""
+_SHAPING = ("stem", "augment", "teacher_size", "class_map", "teacher_training", "train_teachers")
+"""Options that a teacher depends on, besides the data."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Judges:
 def teachers_of(names: Sequence[ModelName | None], setting: Setting) -> list[Teacher]:
     """The teachers by their names, and where there is none, as they were given."""
     teachers = [
-        setting.given[label] if name is None else _teacher(name, setting)
+        _shared(setting.given[label], setting) if name is None else _teacher(name, setting)
         for label, name in zip(setting.options.teachers, names, strict=True)
     ]
     own, largest = setting.start.parameter_count, max(t.classifier.parameter_count for t in teachers)
@@ -74,13 +79,25 @@ def of_other_seeds(names: Sequence[ModelName | None], setting: Setting) -> list[
 
 
 def _teacher(name: ModelName, setting: Setting, seed: int | None = None) -> Teacher:
-    seed = setting.options.teacher_seed if seed is None else seed
-    return teacher_of(name, setting.options, setting.data, seed, setting.device)
+    options, device = setting.options, setting.device
+    seed = options.teacher_seed if seed is None else seed
+    if options.shard_teachers and not can_be_trained(name, options.class_map.get(name.label)):
+        device = torch.device("cpu")  # it may not fit on another
+    shaping = [getattr(options, option) for option in _SHAPING]
+    make = partial(teacher_of, name, options, setting.data, seed, device)
+    teacher = setting.shared.once(make, "teacher", name, seed, device, options.load_arguments(), shaping)
+    return _shared(teacher, setting)
+
+
+def _shared(teacher: Teacher, setting: Setting) -> Teacher:
+    """The teacher, divided among the processes where that is wanted."""
+    return sharded(teacher, setting.device) if setting.options.shard_teachers else teacher
 
 
 def combined(teachers: Sequence[Teacher], setting: Setting) -> Judges:
     """The teachers as an ensemble, with all that is fitted on the validation split."""
-    teachers = [replace(teacher, running=running_of(setting.options)) for teacher in teachers]
+    running = running_of(setting.options)
+    teachers = [replace(teacher, running=running) for teacher in teachers]
     val, options = setting.data.val, setting.options
     temperatures = torch.tensor([setting.temperatures[teacher.label] for teacher in teachers])
     logits = torch.stack([teacher.all_logits(val) for teacher in teachers])

@@ -17,7 +17,6 @@ from ensemble_kd import distributed
 from ensemble_kd.checkpoints import Snapshot, random_state, set_random_state
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.console import log
-from ensemble_kd.data import views
 from ensemble_kd.data.dataset import Images
 from ensemble_kd.errors import ConfigError, TrainingError, listing
 from ensemble_kd.features import FeatureTap
@@ -106,8 +105,7 @@ class Loop:
         return {"train": means} | row
 
     def _order(self, epoch: int) -> Tensor:
-        order = views.order(self.seed, epoch, len(self.train), self.train.ids.device)
-        return order[: self.steps * self.size]
+        return self.train.order(self.seed, epoch)[: self.steps * self.size]
 
     def _train_on(self, epoch: int, order: Tensor, done: int) -> dict[str, Any]:
         """The steps of an epoch that are left; returns the profile, where it was wanted."""

@@ -357,7 +357,7 @@ def choose_size(
         f"it needs at least {smallest}×{smallest}"
         if smallest > wanted
         else "a dry forward at that size failed",
-        f"say --teacher-size {name.label}={smallest} (--student-size {smallest}), "
+        f"say --teacher-size {name.label}={smallest} (--student-size {smallest}; --size {smallest} of `ekd train`), "
         "or leave the size out and the images are resized",
     )
 

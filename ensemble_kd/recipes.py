@@ -13,6 +13,7 @@ from torch import nn
 
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.errors import ConfigError
+from ensemble_kd.schema import RecipeOptions
 from ensemble_kd.stepping import Recipe
 
 FEW_IMAGES = 5000
@@ -67,15 +68,25 @@ def _complete(
     return recipe
 
 
-def check_batch(size: int | None, train_size: int) -> None:
-    """Refuse a batch of more images than there are.
+def check_batch(size: int | None, train_size: int, option: str = "batch_size") -> None:
+    """Refuse a batch of more images than there are; `option` is the name of its field.
 
     Raises:
         ConfigError: it is.
     """
     if size is not None and size > train_size:
+        flag = "--batch-size " if option == "batch_size" else f"--set {option}="
         raise ConfigError(
-            f"batch_size: {size} is more than the {train_size} training images",
+            f"{option}: {size} is more than the {train_size} training images",
             "an epoch would have no step",
-            f"say --batch-size {min(32, train_size)}",
+            f"say {flag}{min(32, train_size)}",
         )
+
+
+def check_teacher_batch(training: RecipeOptions, train_size: int) -> None:
+    """`check_batch` for the teachers that are trained.
+
+    Raises:
+        ConfigError: the batch is too large.
+    """
+    check_batch(training.batch_size, train_size, "teacher_training.batch_size")

@@ -27,6 +27,7 @@ from torch import Tensor
 from ensemble_kd import __version__, distributed, files
 from ensemble_kd.checkpoints import Checkpoints
 from ensemble_kd.classifier import Classifier
+from ensemble_kd.config import flat
 from ensemble_kd.console import log, log_to_file
 from ensemble_kd.errors import RunError
 from ensemble_kd.locks import lock
@@ -39,7 +40,7 @@ OBJECTS = "distill with objects"
 _OVERWRITTEN = (
     "history.jsonl", "metrics.json", "manifest.json", "status.json", "train.log", "curves.png",
     "student.safetensors", "model.safetensors", "predictions.safetensors", "profile.json", "trace.json",
-    "controls", "checkpoints", "analysis", "report", "export",
+    "controls", "checkpoints", "analysis", "report", "export", "tracking",
 )  # fmt: skip
 """What a run writes; anything else in its folder is the user's."""
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors")
@@ -346,14 +347,6 @@ def _new_folder(name: str) -> Path:
     base = RUNS / f"{readable}-{datetime.now():%Y%m%d-%H%M%S}"
     copies = (base.with_name(f"{base.name}-{number}") for number in itertools.count(2))
     return next(folder for folder in itertools.chain([base], copies) if not folder.exists())
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options by dotted names."""
-    result: dict[str, Any] = {}
-    for name, value in values.items():
-        result |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return result
 
 
 def network_file(name: str) -> str:

@@ -63,6 +63,8 @@ class Teacher:
     """From its classes to those of the data, where they are not the same."""
     running: Running = field(default_factory=Running)
     """How it is run for targets; what networks are measured against is computed in float32, from the original."""
+    sharded: bool = False
+    """Whether each of several processes holds a part of it (see `sharding`)."""
     _runners: dict[tuple[torch.device, Running], Runner] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -123,14 +125,20 @@ class Teacher:
         key = (device, self.running)
         if key not in self._runners:
             self._runners[key] = Runner(
-                self.classifier, self.label, device, self.running, own_code=not self.storable
+                self.classifier,
+                self.label,
+                device,
+                self.running,
+                own_code=self.sharded or not self.storable,
+                together=self.sharded,
             )
         return self._runners[key]
 
     def release(self) -> None:
         """Give back the memory of the device; it is taken again when the teacher is run again."""
         self._runners.clear()
-        self.classifier.to("cpu")
+        if not self.sharded:
+            self.classifier.to("cpu")
 
     def look(self, batch: Images, features: bool = False) -> Outputs:
         """Its answers to a batch of views, computed now."""
@@ -178,7 +186,7 @@ class Teacher:
             "seed": None if plain or viewing is None else viewing.seed,
             "views_version": None if plain else views.VERSION,
             "precision": str(dtype).removeprefix("torch."),
-            "folded": self.storable,
+            "folded": self.storable and not self.sharded,
             **{name.replace("-", "_"): version(name) for name in _LIBRARIES},
         }
 
@@ -226,8 +234,9 @@ class Teacher:
         blocks: list[tuple[Tensor, ...]] = []
         tapped = self._tap if features else nullcontext()
         # Its runner may have turned the weights to channels-last, which other sums, in their last bits, come from.
-        self.classifier.to(images.ids.device).to(memory_format=torch.contiguous_format)
-        with progress(f"teacher {self.label}", len(images)) as advance, tapped as tap:
+        if not self.sharded:
+            self.classifier.to(images.ids.device).to(memory_format=torch.contiguous_format)
+        with progress(f"teacher {self.label}", len(images), "images") as advance, tapped as tap:
             for batch in images.batches(EVAL_BATCH * distributed.size()):
                 if tap:
                     blocks.append(predict_with_features(self.classifier, batch, tap))

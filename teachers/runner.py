@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ensemble_kd import distributed
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.console import log
 from ensemble_kd.errors import ModelError
@@ -50,9 +51,16 @@ class Runner:
     """A network set up for inference alone; the numbers of the classifier it is made from stay as they are."""
 
     def __init__(
-        self, classifier: Classifier, label: str, device: torch.device, running: Running, *, own_code: bool
+        self,
+        classifier: Classifier,
+        label: str,
+        device: torch.device,
+        running: Running,
+        *,
+        own_code: bool,
+        together: bool = False,
     ) -> None:
-        """With `own_code` the network is a user's, whose code is run as it is: nothing is folded."""
+        """With `own_code` the network is run as it is, unfolded; `together` says that all processes run it."""
         self.device, self._dtype = device, running.dtype(device)
         self._net = (None if own_code else folded(classifier)) or classifier
         self._net = self._net.to(device)
@@ -60,7 +68,7 @@ class Runner:
             self._net.to(memory_format=torch.channels_last)
         self.is_folded = self._net is not classifier
         self._batch = running.batch or batch_for(classifier.card.preprocess.size, device)
-        self._label = label
+        self._label, self._together = label, together
         self._tap: FeatureTap | None = None
         self._contexts: list[AbstractContextManager[object]] = []
         if self._dtype != torch.float32:
@@ -71,6 +79,8 @@ class Runner:
         """The answers to images (B, C, H, W), uint8 or float in [0, 1], on the runner's device."""
         if features and self._tap is None:
             self._tap = FeatureTap(self._net, self._label)
+        if self._together:
+            return self._all_at_once(pixels, features)
         while True:
             tried = min(self._batch, len(pixels))
             try:
@@ -81,6 +91,14 @@ class Runner:
                     raise
             self._halve(tried)  # out here, as the error holds on to what was computed
         logits, kept = zip(*parts, strict=True)
+        return Answers(torch.cat(logits), torch.cat(kept) if features else None)
+
+    def _all_at_once(self, pixels: Tensor, features: bool) -> Answers:
+        """Every process runs the network equally often: each time, all of them put its layers together."""
+        parts = list(pixels.split(self._batch))
+        missing = distributed.most(len(parts), pixels.device) - len(parts)
+        ran = [self._run(part, features) for part in parts + [pixels[:1]] * missing]
+        logits, kept = zip(*ran[: len(parts)], strict=True)
         return Answers(torch.cat(logits), torch.cat(kept) if features else None)
 
     @torch.inference_mode()

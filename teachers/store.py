@@ -36,6 +36,7 @@ FOR_PEOPLE = ("label", "data")
 TEMPORARY = "ekd-targets-"
 """What the names of temporary stores begin with."""
 _OURS: set[Path] = set()
+_MOST_VIEWS = 1 << 20
 """The stores that this process builds."""
 
 
@@ -69,6 +70,8 @@ def read_kept(folder: Path) -> Kept | None:
             return None
         shards = {int(view): list(digests) for view, digests in known["shards"].items()}
         if any(len(digests) != len(layout.shards) for digests in shards.values()):
+            return None
+        if not all(0 <= view < _MOST_VIEWS for view in shards):
             return None
         return Kept(known["facts"], layout, str(known["created"]), shards)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, EkdError):

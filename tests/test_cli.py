@@ -196,13 +196,14 @@ WRONG = {
     "misspelt data": (
         ["--teachers", "lenet", "--data", "digit"],
         "error: unknown data source 'digit'\n"
-        "  why: known are digits, mnist, fashion-mnist, cifar10, cifar100 and imagefolder:PATH\n"
+        "  why: known are digits, mnist, fashion-mnist, cifar10, cifar100, imagefolder:PATH, tars:PATH, csv:FILE and hf:NAME\n"
         "  fix: did you mean 'digits'?\n",
     ),
     "teacher size too small": (
         ["--teachers", "vgg16", "--teacher-size", "vgg16=28"],
         "error: 'vgg16' cannot take 28×28 images\n  why: it needs at least 32×32\n"
-        "  fix: say --teacher-size vgg16=32 (--student-size 32), or leave the size out and the images are resized\n",
+        "  fix: say --teacher-size vgg16=32 (--student-size 32; --size 32 of `ekd train`), "
+        "or leave the size out and the images are resized\n",
     ),
     "no such device": (
         ["--teachers", "lenet", "--device", "tpu9"],
@@ -240,7 +241,7 @@ def test_an_unknown_option_is_told_exactly(tmp_path):
     assert result.exit_code == 2
     assert result.stderr == (
         "error: unknown option 'devise'\n"
-        "  why: known are data, data_root, split, val_fraction, split_seed, image_size, limit_train, decode, offline,"
+        "  why: known are data, data_columns, data_root, split, val_fraction, split_seed, image_size, limit_train, decode, offline,"
         " path, on, device\n"
         "  fix: did you mean 'device'?\n"
     )

@@ -86,7 +86,7 @@ def test_the_validation_fraction_leaves_one_image_a_class_at_least(fraction, hel
     ],
 )
 def test_an_unknown_source_is_refused(source, fix):
-    known = "known are digits, mnist, fashion-mnist, cifar10, cifar100 and imagefolder:PATH"
+    known = "known are digits, mnist, fashion-mnist, cifar10, cifar100, imagefolder:PATH, tars:PATH, csv:FILE and hf:NAME"
     with refused(DataError, f"unknown data source {source!r}", known, fix):
         load_data(source)
 

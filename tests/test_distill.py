@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 import yaml
 from PIL import Image
+from support import refused
 
 import ensemble_kd
 from ensemble_kd import distillation
@@ -351,6 +352,18 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path):
         "  why: an epoch would have no step\n"
         "  fix: say --batch-size 32"
     )
+
+
+def test_a_batch_of_the_teachers_larger_than_the_data_is_told_before_anything_is_made(tmp_path):
+    sets = ["teacher_training.batch_size=4096"]
+    with refused(
+        ConfigError,
+        "teacher_training.batch_size: 4096 is more than the 1293 training images",
+        "an epoch would have no step",
+        "say --set teacher_training.batch_size=32",
+    ):
+        distill("lenet", "lenet", sets=sets, out=tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_diverging_run_says_so_and_keeps_no_student(tmp_path):

@@ -394,7 +394,7 @@ def test_a_size_that_is_too_small_is_refused(name, wanted, smallest):
         ModelError,
         f"{name!r} cannot take {wanted}×{wanted} images",
         f"it needs at least {smallest}×{smallest}",
-        f"say --teacher-size {name}={smallest} (--student-size {smallest}), "
+        f"say --teacher-size {name}={smallest} (--student-size {smallest}; --size {smallest} of `ekd train`), "
         "or leave the size out and the images are resized",
     ):
         choose_size(parse(name), **FACTS, image_size=wanted, form="stock", wanted=wanted)

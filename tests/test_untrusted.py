@@ -36,7 +36,7 @@ from spoiled import (
 )
 from support import message, refused
 
-from ensemble_kd import config, files
+from ensemble_kd import config, files, yamls
 from ensemble_kd.checkpoints import Checkpoints, Snapshot
 from ensemble_kd.data import archives, load_data
 from ensemble_kd.errors import DataError, DiskError, EkdError, ModelError, Problem, RunError, WeightsError
@@ -530,8 +530,8 @@ def test_such_a_door_is_seen(line: str) -> None:
 
 
 def test_loaders_are_safe_and_the_linter_looks_too() -> None:
-    assert issubclass(config._Values, config.yaml.SafeLoader)
-    assert issubclass(config._Texts, config.yaml.BaseLoader)
+    assert issubclass(yamls._Values, yamls.yaml.SafeLoader)
+    assert issubclass(yamls._Texts, yamls.yaml.BaseLoader)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert {"S102", "S202", "S301", "S302", "S307", "S506", "S602", "S604", "S605"} <= set(
         project["tool"]["ruff"]["lint"]["select"]

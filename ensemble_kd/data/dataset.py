@@ -21,6 +21,8 @@ from ensemble_kd.losses import UNLABELLED
 
 MEASURED = 20_000
 """Images in files that mean and deviation are taken from, where there are more: a sample is close enough."""
+WINDOW = 16
+"""Shards whose images are mixed with each other, where they are read in every pass."""
 _BLOCK = 256
 
 
@@ -101,6 +103,17 @@ class Images:
         """The split in order, `size` samples at a time; the last batch may be smaller."""
         positions = torch.arange(len(self), device=self.ids.device)
         return self.fetch(positions.split(size) if len(self) else ())
+
+    def order(self, seed: int, epoch: int) -> Tensor:
+        """All positions in the order of an epoch, int64 (N,): a function of seed and epoch.
+
+        Images in shards come from `WINDOW` shards at a time (see `hashing.blocked_order`), so that what is
+        read lies close together.
+        """
+        blocks = self.pixels.blocks if isinstance(self.pixels, FilePixels) else None
+        if blocks is None:
+            return views.order(seed, epoch, len(self), self.ids.device)
+        return views.blocked_order(seed, epoch, blocks, WINDOW, self.ids.device)
 
     @property
     def known_labels(self) -> Tensor:

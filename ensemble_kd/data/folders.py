@@ -12,20 +12,19 @@ from statistics import median
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ensemble_kd.console import log, progress
 from ensemble_kd.data.archives import is_archive, unpacked
 from ensemble_kd.data.dataset import Images, stratified_split
-from ensemble_kd.data.streams import FORMATS, FilePixels, Files, decoders, is_sixteen_bit, shortened
+from ensemble_kd.data.headers import is_grey, look_at
+from ensemble_kd.data.streams import FilePixels, Files, decoders, shortened
 from ensemble_kd.errors import DataError, Problem, listing, nearest
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 MAX_DEFAULT_SIZE = 224
 DECODE = ("auto", "once", "always")
 """Into memory if there is plenty of it, into memory, or afresh in every pass."""
-_ORIENTATION = 0x0112  # the tag in EXIF
 _BLOCK = 256  # files that a thread looks at, or decodes, at a time
 _PLENTY, _MOST = 0.5, 0.8  # of the free memory, that images may take by themselves, and when told to
 
@@ -240,7 +239,7 @@ def read_headers(folder: Folder) -> None:
             modes |= seen
             broken += problems
             advance(_BLOCK)
-    folder.grey = all(mode in ("1", "L") for mode in modes)
+    folder.grey = all(map(is_grey, modes))
     folder.errors += shortened(broken)
 
 
@@ -250,15 +249,13 @@ def _headers(files: Files, start: int) -> tuple[Counter[tuple[int, int]], set[st
     modes, problems = set(), []
     for position in range(start, min(start + _BLOCK, len(files))):
         try:
-            with open(files.open_name(position), "rb") as file, Image.open(file, formats=FORMATS) as image:
-                if image.width * image.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
-                    raise Image.DecompressionBombError
-                # Of any image, as that of PNGs would decode them to look behind their pixels.
-                turned = Image.Image.getexif(image).get(_ORIENTATION, 1) in (5, 6, 7, 8)
-                shapes[image.size[::-1] if turned else image.size] += 1
-                modes.add("L" if is_sixteen_bit(image) else image.mode)
-                facts = os.fstat(file.fileno())
-                files.lengths[position], files.changed[position] = facts.st_size, facts.st_mtime_ns
+            with files.open(position) as file:
+                shape, mode = look_at(file)
+                shapes[shape] += 1
+                modes.add(mode)
+                if files.inside is None:
+                    facts = os.fstat(file.fileno())
+                    files.lengths[position], files.changed[position] = facts.st_size, facts.st_mtime_ns
         except Exception as error:  # Pillow's decoders raise many kinds
             problems.append(files.problem(position, error))
     return shapes, modes, problems
@@ -316,15 +313,17 @@ def _labelled(folder: Folder, split: str, pixels: Tensor | FilePixels, first_id:
     return Images(pixels, folder.labels.get(split), torch.arange(first_id, first_id + len(pixels)))
 
 
-def load_folder(
-    path: Path, test_fraction: float, size: int | None, how: str = "auto"
+def load_scanned(
+    folder: Folder, test_fraction: float, size: int | None, how: str = "auto"
 ) -> tuple[Images, Images | None, Images, tuple[str, ...]]:
-    """(train, val or None, test, class names) of an image folder.
+    """(train, val or None, test, class names) of what was found.
 
     `val/` beside `test/` is the validation split; `val/` alone is the test split, as for ImageNet. `how`
     images are decoded is one of `DECODE`.
+
+    Raises:
+        DataError: with everything that is wrong.
     """
-    folder = scan(path)
     folder.check()
     shape = (size, size) if size else default_size(folder)
     take = left_in_files if stays_in_files(folder, shape, how) else decode

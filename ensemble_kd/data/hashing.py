@@ -27,6 +27,8 @@ SHARE = 11
 """Mixing: λ, then row and column of a box (11, 12, 13)."""
 ORDER = -1
 """The order of samples in an epoch."""
+BLOCKS = -2
+"""The order of blocks of samples in an epoch."""
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -81,3 +83,23 @@ def below(numbers: Float[Tensor, "*shape"], count: int | Tensor) -> Int[Tensor, 
 def order(seed: int, epoch: int, count: int, device: torch.device | str = "cpu") -> Tensor:
     """A permutation of `count` samples that depends on the seed and the epoch alone."""
     return hash_samples(seed, epoch, torch.arange(count, device=device), ORDER).argsort(stable=True)
+
+
+def blocked_order(
+    seed: int,
+    epoch: int,
+    block_lengths: Int[Tensor, " M"],
+    window: int,
+    device: torch.device | str = "cpu",
+) -> Int[Tensor, " N"]:
+    """A permutation of the samples of M blocks laid end to end that goes through few blocks at a time.
+
+    The blocks are taken in a hashed order, `window` of them together; those of one window are mixed as by
+    `order`. It depends on its arguments alone, and with no more than `window` blocks it is `order`.
+    """
+    lengths = block_lengths.to(device)
+    hashed = hash_samples(seed, epoch, torch.arange(len(lengths), device=device), BLOCKS)
+    places = hashed.argsort(stable=True).argsort()
+    windows = (places // window).repeat_interleave(lengths)
+    mixed = order(seed, epoch, len(windows), device)
+    return mixed[windows[mixed].argsort(stable=True)]

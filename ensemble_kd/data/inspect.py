@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 
 from ensemble_kd import files
-from ensemble_kd.data import FOLDER, load_data
+from ensemble_kd.data import load_data, scanned
 from ensemble_kd.data.copies import copies
 from ensemble_kd.data.dataset import Dataset, Images
-from ensemble_kd.data.folders import scan
 from ensemble_kd.errors import DataError, Problem
 
 _CELL = 48
@@ -25,7 +24,7 @@ _ROWS = 20
 def inspect_data(
     source: str = "digits", *, sheet: str | Path | None = None, **options: Any
 ) -> dict[str, Any]:
-    """Describe a source; what is wrong with a folder of images is listed, not raised.
+    """Describe a source; what is wrong with images in files is listed, not raised.
 
     Args:
         source: as for `load_data`.
@@ -42,17 +41,17 @@ def inspect_data(
     errors: list[Problem] = []
     warnings: list[Problem] = []
     facts: dict[str, Any] = {"data": source}
-    if source.startswith(FOLDER):
-        folder = scan(Path(source.removeprefix(FOLDER)).expanduser())
+    folder = scanned(source, options.get("columns"), options.get("offline", False))
+    if folder is not None:
         errors, warnings = folder.errors, folder.warnings
         facts["file_sizes"] = {f"{w}×{h}": n for (w, h), n in sorted(folder.shapes.items())}
     if not errors:
         try:
             data = load_data(source, **options)
             facts |= _describe(data, sheet)
-            warnings += copies(data) if source.startswith(FOLDER) else []
+            warnings += copies(data) if folder is not None else []
         except DataError as error:
-            if not source.startswith(FOLDER):
+            if folder is None:
                 raise
             errors = list(error.problems)
     return facts | {"errors": [str(p) for p in errors], "warnings": [str(p) for p in warnings]}

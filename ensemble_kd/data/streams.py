@@ -1,8 +1,9 @@
-"""Images that stay in their files: decoded afresh in every pass, by threads, a few batches ahead."""
+"""Images that stay in their files or shards: decoded afresh in every pass, by threads, a few batches ahead."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from bisect import bisect_right
 from collections import deque
@@ -12,25 +13,32 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from ensemble_kd.data.headers import FORMATS, HEAD, is_sixteen_bit, why_broken
+from ensemble_kd.data.shards import Shards
 from ensemble_kd.errors import DataError, Problem
 
 AHEAD = 3
 """Batches that are decoded while one is in use: this bounds the memory, however many images there are."""
 _PIECE = 16  # images that a thread decodes at a time, or fewer, so that all threads have a share of a batch
 _CHUNKS = 256  # positions that are read from an accelerator at once, in batches
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
-"""What is opened, whatever a file is called: Pillow would hand others, such as EPS, to other programs."""
 _CPU = torch.device("cpu")
 _ROWS = 1 << 16
 _TAIL = 4096
 _GAP = 3  # Pillow's documentation calls a reduction up to this times the size as good as none
+
+
+class Inside(Protocol):
+    """What images lie in, such as shards."""
+
+    def read(self, position: int, start: int, length: int) -> bytes:
+        """`length` bytes of an image, from its byte `start` on, or an OSError."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -44,11 +52,16 @@ class Files:
     """In bytes, int64 (N,)."""
     changed: np.ndarray
     """When each file was changed, in nanoseconds, int64 (N,)."""
+    inside: Inside | None = None
+    """What the images lie in, if they are no files of their own; their names then start with its name."""
+    fix: str = "replace or delete the file"
+    """What to do about one that cannot be read."""
 
     @classmethod
-    def of(cls, root: Path, names: list[str]) -> Files:
+    def of(cls, root: Path, names: list[str], fix: str = fix) -> Files:
         """Files that nothing is known of yet but their names."""
-        return cls(root, names, *np.zeros((2, len(names)), dtype=np.int64))
+        lengths, changed = np.zeros((2, len(names)), dtype=np.int64)
+        return cls(root, names, lengths, changed, fix=fix)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -62,15 +75,45 @@ class Files:
         """The path to open a file by."""
         return f"{self._base}/{self.names[position]}"
 
+    def open(self, position: int) -> IO[bytes]:
+        """An image to read from.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        if self.inside is None:
+            return open(self.open_name(position), "rb")
+        return io.BytesIO(self.content(position, 0, int(self.lengths[position])))
+
     def problem(self, position: int, error: Exception) -> Problem:
         """Why a file cannot be read, under the path that the user knows it by."""
-        why = _why_broken(self.open_name(position), error)
-        return Problem(f"cannot read {self.root / self.names[position]}", why, "replace or delete the file")
+        what, path = f"cannot read {self.root / self.names[position]}", self.open_name(position)
+        if self.inside is None and not os.path.exists(path):
+            gone = "it is a link to a file that is not there" if os.path.islink(path) else "the file is gone"
+            return Problem(what, gone, self.fix)
+        try:
+            why = why_broken(self.content(position, 0, HEAD), error)
+        except OSError as unread:
+            why = unread.strerror or str(unread)
+        return Problem(what, why, self.fix)
+
+    def content(self, position: int, start: int, length: int) -> bytes:
+        """At most `length` bytes of a file, from its byte `start` on.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        if self.inside is not None:
+            return self.inside.read(position, start, min(length, int(self.lengths[position]) - start))
+        with open(self.open_name(position), "rb") as file:
+            file.seek(start)
+            return file.read(length)
 
     def read(self, position: int, out: np.ndarray) -> Problem | None:
         """Decode one file into `out` (C, H, W), uint8; returns what is wrong with it."""
         try:
-            decode_file(self.open_name(position), out)
+            with self.open(position) as file:
+                decode_file(file, out)
         except Exception as error:  # Pillow's decoders raise many kinds
             return self.problem(position, error)
         return None
@@ -87,9 +130,8 @@ class Files:
         keys = []
         for position in positions:
             length = int(self.lengths[position])
-            with open(self.open_name(position), "rb") as file:
-                file.seek(max(0, length - _TAIL))
-                keys.append((length, hashlib.blake2b(file.read(_TAIL), digest_size=16).digest()))
+            tail = self.content(position, max(0, length - _TAIL), _TAIL)
+            keys.append((length, hashlib.blake2b(tail, digest_size=16).digest()))
         return keys
 
 
@@ -212,14 +254,17 @@ class FilePixels:
             (len(where), *self.size), dtype=torch.uint8, pin_memory=self.device.type == "cuda"
         )
         out, step = pixels.numpy(), max(1, min(_PIECE, -(-len(where) // _threads())))
-        pieces = [slice(start, start + step) for start in range(0, len(where), step)]
-        return pixels, [pool.submit(self._read, where[piece].tolist(), out[piece]) for piece in pieces]
+        rows = where.argsort(kind="stable")  # as they lie on the disk, as far as that is known
+        pieces = [rows[start : start + step] for start in range(0, len(rows), step)]
+        return pixels, [pool.submit(self._read, where, piece, out) for piece in pieces]
 
-    def _read(self, positions: list[int], out: np.ndarray) -> list[Problem]:
+    def _read(self, where: np.ndarray, rows: np.ndarray, out: np.ndarray) -> list[Problem]:
+        """Decode the images at positions `where[rows]` into `out[rows]`."""
         problems = []
-        for position, target in zip(positions, out, strict=True):
+        for row in rows.tolist():
+            position = int(where[row])
             number = bisect_right(self._starts, position) - 1
-            problem = self.parts[number].read(position - self._starts[number], target)
+            problem = self.parts[number].read(position - self._starts[number], out[row])
             if problem:
                 problems.append(problem)
         return problems
@@ -242,6 +287,17 @@ class FilePixels:
             inside = (self.index >= start) & (self.index < start + len(part))
             yield inside.nonzero().numpy().tobytes()
             yield from part.identify((self.index[inside] - start).numpy())
+
+    @cached_property
+    def blocks(self) -> Tensor | None:
+        """How many images follow each other in the same shard, int64 in their order; None if not all are in shards."""
+        found = [part.inside for part in self.parts if isinstance(part, Files)]
+        shards = [inside for inside in found if isinstance(inside, Shards)]
+        if len(shards) < len(self.parts):
+            return None
+        starts = accumulate((len(shard.paths) for shard in shards), initial=0)
+        which = np.concatenate([shard.which + start for shard, start in zip(shards, starts, strict=False)])
+        return torch.from_numpy(which)[self.index].unique_consecutive(return_counts=True)[1]
 
     def files(self) -> list[tuple[Files, np.ndarray]]:
         """The lists of files with the positions in them, in their order."""
@@ -278,16 +334,18 @@ def _threads() -> int:
     return len(available(0)) if available else os.cpu_count() or 1
 
 
-def shortened(problems: list[Problem]) -> list[Problem]:
+def shortened(problems: Iterable[Problem], what: str = "files that cannot be read") -> list[Problem]:
     """The first ten, and how many more there are."""
-    rest = len(problems) - 10
-    return problems[:10] + ([Problem(f"and {rest} more files that cannot be read")] if rest > 0 else [])
+    rest = iter(problems)
+    first = list(islice(rest, 10))
+    more = sum(1 for _ in rest)
+    return first + ([Problem(f"and {more} more {what}")] if more else [])
 
 
-def decode_file(path: str, out: np.ndarray) -> None:
+def decode_file(file: IO[bytes], out: np.ndarray) -> None:
     """Decode a file into `out` (C, H, W), uint8: upright, resized to cover it, and cut in the middle."""
     channels, height, width = out.shape
-    with Image.open(path, formats=FORMATS) as image:
+    with Image.open(file, formats=FORMATS) as image:
         # Has the decoder shrink a JPEG that is far too large, to no less than three times what is wanted.
         image.draft(None, (_GAP * max(height, width),) * 2)
         ImageOps.exif_transpose(image, in_place=True)
@@ -302,33 +360,3 @@ def _eight_bits(image: Image.Image, mode: str) -> Image.Image:
     if is_sixteen_bit(image):
         image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
     return image if image.mode == mode else image.convert(mode)
-
-
-def is_sixteen_bit(image: Image.Image) -> bool:
-    """Whether it is grey of 16 bits.
-
-    Raises:
-        ValueError: it is grey of 32 bits, for which no number is known to be white.
-    """
-    if image.mode in ("I", "F") and image.format not in ("PNG", "PPM"):
-        raise ValueError("its grey has 32 bits, of which none is known to be white: save it with 8 or 16")
-    return image.mode == "I" or image.mode.startswith("I;16")
-
-
-def _why_broken(path: str, error: Exception) -> str:
-    if not os.path.exists(path):
-        return "it is a link to a file that is not there" if os.path.islink(path) else "the file is gone"
-    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        return "it has so many pixels that it could exhaust the memory"
-    try:
-        with open(path, "rb") as file:
-            head = file.read(256).lstrip().lower()
-    except OSError as unread:
-        return unread.strerror or str(unread)
-    if not head:
-        return "the file is empty"
-    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "it is a web page, saved under an image's name"
-    if isinstance(error, UnidentifiedImageError):
-        return "it is no image that Pillow knows"
-    return str(error) or type(error).__name__

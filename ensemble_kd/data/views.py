@@ -11,7 +11,7 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from ensemble_kd.data.crops import resized, shifted
-from ensemble_kd.data.hashing import hash_samples, order, uniform
+from ensemble_kd.data.hashing import blocked_order, hash_samples, order, uniform
 from ensemble_kd.data.mixing import MIXES, mix, partners
 from ensemble_kd.data.trivial import trivial
 
@@ -19,6 +19,7 @@ __all__ = [
     "MIXES",
     "POLICIES",
     "VERSION",
+    "blocked_order",
     "hash_samples",
     "mix",
     "order",
