@@ -664,10 +664,18 @@ def _(patch: pytest.MonkeyPatch) -> None:
     assert not list(Path("run").rglob("*.safetensors"))
 
 
-@case(53, "missing extra: there is none, all is installed at once")
+@case(53, "missing extra")
 def _(patch: pytest.MonkeyPatch) -> None:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    assert set(project["optional-dependencies"]) == {"dev", "bench"}  # a new one needs a message of its own
+    assert set(project["optional-dependencies"]) == {
+        "dev",
+        "bench",
+        "hf",
+    }  # a new one needs a message of its own
+    patch.setitem(sys.modules, "datasets", None)
+    result = ekd("data", "hf:x")
+    what = message("hf:x cannot be read", "datasets is not installed", "pip install 'ensemble-kd[hf]'")
+    assert (result.exit_code, result.stderr) == (2, f"error: {what}\n")
 
 
 # Class names as attack
