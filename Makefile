@@ -4,10 +4,15 @@ BIN := .venv/bin
 # Where row 9 of `make bench` finds real images; Debian's package dataset-fashion-mnist puts them there.
 FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 
-.PHONY: demo test lint types bench torture fuzz clean
+.PHONY: demo test study lint types bench torture fuzz clean
 
 demo: .venv/.installed
 	$(BIN)/ekd distill --teachers resnet18,vgg16 --student lenet
+
+# Studies 1 and 2 of docs/results.md on the embedded digits, each over five seeds.
+study: .venv/.installed
+	$(BIN)/ekd study regimes --jobs 2
+	$(BIN)/ekd study temperature --jobs 2
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -28,7 +28,7 @@ from ensemble_kd.analysis.options import AgreementOptions
 from ensemble_kd.analysis.pairs import compare_pair, divergences, known, knows_as_much
 from ensemble_kd.analysis.plots_agreement import draw_agreement
 from ensemble_kd.analysis.resampling import measured, resampled, unknown
-from ensemble_kd.analysis.subjects import Subjects, chosen_options, run_of, subjects_of
+from ensemble_kd.analysis.subjects import FORM, Subjects, chosen_options, run_of, subjects_of
 from ensemble_kd.analysis.tables_agreement import agreement_table
 from ensemble_kd.console import log, progress
 from ensemble_kd.data.dataset import Images
@@ -151,6 +151,7 @@ def _stored(run: Run, options: AgreementOptions) -> _Clean:
     logits, labels = run.predictions()
     roles = {name: row["role"] for name, row in metrics["models"].items() if name in logits}
     head = {
+        "form": FORM,
         "source": str(run.folder),
         "data": metrics["data"],
         "classes": list(read_card(run.path("student.safetensors")).classes),

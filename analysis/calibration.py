@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ensemble_kd import files
+from ensemble_kd.analysis.intervals import interval
 from ensemble_kd.analysis.options import CalibrationOptions
 from ensemble_kd.analysis.plots_calibration import draw_reliability
 from ensemble_kd.analysis.resampling import measured
@@ -53,10 +54,10 @@ class CalibrationAnalysis:
         rows = [
             [
                 name,
-                _interval(row["before"]["ece"]),
+                interval(row["before"]["ece"]),
                 f"{row['before']['floor']['value']:.4f}",
                 f"{row['temperature']:.2f}{'*' if row['remark'] else ''}",
-                _interval(row["after"]["ece"]),
+                interval(row["after"]["ece"]),
                 *(
                     f"{row['before'][key]['value']:.4f} → {row['after'][key]['value']:.4f}"
                     for key in ("adaptive_ece", "mce", "brier", "nll")
@@ -163,7 +164,7 @@ def calibration(
         seed: of the bootstrap and of the simulated floors.
 
     Returns:
-        `models`: by name `temperature`, a `remark` on it or None, and the measures of `Judged.measures`
+        `models`: by name `temperature`, a `remark` on it, which may be empty, and the measures of `Judged.measures`
         `before` and `after`. `differences`: student minus each control in `ece`, `nll` and `brier`,
         with paired intervals, `before` and `after`.
     """
@@ -194,10 +195,10 @@ def calibration(
     return {"models": rows, "differences": differences}
 
 
-def _remark(temperature: float, images: int) -> str | None:
+def _remark(temperature: float, images: int) -> str:
     """What makes a fitted temperature doubtful, if anything does."""
     if LOWEST * 1.001 < temperature < HIGHEST / 1.001:
-        return None
+        return ""
     edge = "lower" if temperature < 1 else "upper"
     return (
         f"its temperature stands at the {edge} bound of the search, {temperature:g}: the {images:,} "
@@ -320,16 +321,11 @@ def paired_differences(first: Judged, second: Judged) -> dict[str, Any]:
     return {"ece": measured(first.resampled["ece"] - second.resampled["ece"]), **means}
 
 
-def _interval(measure: Mapping[str, float], sign: str = "") -> str:
-    value, low, high = (f"{measure[key] + 0.0:{sign}.4f}" for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
-
-
 def _difference_table(differences: Mapping[str, Any]) -> str:
     titles = {"ece": "ECE", "nll": "NLL", "brier": "Brier"}
     headers = ["student minus", *(f"{titles[key]} {stage}" for stage in STAGES for key in titles)]
     rows = [
-        [name, *(_interval(stages[stage][key], "+") for stage in STAGES for key in titles)]
+        [name, *(interval(stages[stage][key], sign="+") for stage in STAGES for key in titles)]
         for name, stages in differences.items()
     ]
     return text_table(headers, rows, "Lower is better calibrated")

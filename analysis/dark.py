@@ -15,7 +15,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from ensemble_kd.analysis.diversity import ratio
-from ensemble_kd.analysis.fidelity import Compared
+from ensemble_kd.analysis.fidelity import NO_IMAGE, Compared
 from ensemble_kd.analysis.plots import shorten
 from ensemble_kd.analysis.resampling import measured
 from ensemble_kd.metrics import RESAMPLES
@@ -155,12 +155,12 @@ def dark_knowledge(
     """What models say of the wrong classes, as numbers and in words.
 
     Returns:
-        `classes` that are looked at (see `looked_at`), `of` how many, and `n` images of each; `mean`: by
-        model the mean softmax by true class (rows) among these; `difference`: student − ensemble, or the
-        second model − the first; `correlation`: by network `rank_correlations` with the reference;
-        `correlation_gain`: by how much the student's is higher than a control's, paired; `words` (see
-        `in_words`); `same_nearest`: for how many of the classes in `words` each network names the same
-        nearest wrong class as the reference.
+        `classes` that are looked at (see `looked_at`), `of` how many, and `n` images of each; `undefined`:
+        those without images, whose rows below are NaN; `mean`: by model the mean softmax by true class
+        (rows) among these; `difference`: student − ensemble, or the second model − the first;
+        `correlation`: by network `rank_correlations` with the reference; `correlation_gain`: by how much
+        the student's is higher than a control's, paired; `words` (see `in_words`); `same_nearest`: for how
+        many of the classes in `words` each network names the same nearest wrong class as the reference.
     """
     reference, networks = compared.reference, compared.networks
     student = networks[0]
@@ -174,6 +174,7 @@ def dark_knowledge(
         "classes": [names[c] for c in classes],
         "of": len(names),
         "n": [int((labels == c).sum()) for c in classes],
+        "undefined": {names[c]: NO_IMAGE for c in classes if not (labels == c).any()},
         "mean": {name: mean.tolist() for name, mean in part.items()},
         "difference": (part[student] - part[reference]).tolist(),
         "correlation": {name: measured(draws[name], NO_ORDER) for name in networks},

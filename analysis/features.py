@@ -10,19 +10,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ensemble_kd import files
 from ensemble_kd.analysis.cka import SMALLEST_BATCH
+from ensemble_kd.analysis.intervals import interval
 from ensemble_kd.analysis.layers import LOGITS, PENULTIMATE
 from ensemble_kd.analysis.options import FeaturesOptions
 from ensemble_kd.analysis.plots_features import draw_features
 from ensemble_kd.analysis.resampling import measured, resampled
-from ensemble_kd.analysis.similarity import nearest, procrustes, shared_neighbours
+from ensemble_kd.analysis.similarity import aligned, nearest, shared_neighbours, standard
 from ensemble_kd.analysis.subjects import Subjects, chosen_options, subjects_of
-from ensemble_kd.analysis.taps import Seen, look
+from ensemble_kd.analysis.taps import Seen, look, taken
 from ensemble_kd.classifier import Classifier
-from ensemble_kd.console import log
+from ensemble_kd.console import progress
 from ensemble_kd.data.dataset import Images
 from ensemble_kd.errors import ConfigError
 from ensemble_kd.inference import batch_for
@@ -32,6 +32,8 @@ from ensemble_kd.teachers.ensemble import Teacher
 
 BATCH, SMALL_BATCH = 256, 64
 """Images that layers are compared over at once; the smaller where images are large."""
+MOST_ROTATED = 1000
+"""Images, and features, beyond which Procrustes takes no more images."""
 ENDS = (PENULTIMATE, LOGITS)
 MEASURES = (*ENDS, "matches", "mutual_knn")
 _HEADERS = ("penultimate", "logits", "best matches", "neighbours")
@@ -100,19 +102,20 @@ def features_of(subjects: Subjects, options: FeaturesOptions) -> FeatureAnalysis
     """`analyze_features` of models that are loaded already."""
     images = subjects.some(options.most_images, options.seed)
     batch = _batch_size(subjects.classifiers.values(), images)
-    order = _order(len(images), batch, options.seed)
-    if len(order) <= max(options.neighbours, SMALLEST_BATCH - 1):
+    if taken(len(images), batch) <= max(options.neighbours, SMALLEST_BATCH - 1):
         raise ConfigError(
             f"{len(images)} images are too few to compare layers on",
             f"batches are of {SMALLEST_BATCH} or more, and each image has {options.neighbours} neighbours",
             "take more images, or a smaller --neighbours",
         )
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(options.seed))
     images = images[order.to(images.ids.device)]
     seen = look(subjects.classifiers, images, options.layers, options.pool, batch)
+    images = images[torch.arange(len(seen), device=images.ids.device)]
     settings = {key: getattr(options, key) for key in ("quick", "seed", "layers", "pool", "neighbours")}
     numbers = {
         **subjects.head(images, **settings, images=options.most_images, batch=batch),
-        **compare(seen, subjects.roles, options.neighbours, options.seed),
+        **compare(seen, subjects.roles, options.neighbours, options.seed, subjects.idle),
     }
     numbers["pictures"] = draw_features(numbers, subjects.folder)
     files.write_json(subjects.folder / "features.json", numbers)
@@ -124,53 +127,45 @@ def _batch_size(classifiers: Iterable[Classifier], images: Images) -> int:
     return max(SMALL_BATCH, min(BATCH, fitting))
 
 
-def _order(count: int, batch: int, seed: int) -> Tensor:
-    """The images in the order of the pass, without a last batch that would be too small."""
-    rest = count % batch
-    if rest < SMALLEST_BATCH and rest < count:
-        if rest:
-            log.warning(
-                f"{rest} of {count:,} images are left out: the last batch would be smaller than {SMALLEST_BATCH}"
-            )
-        rest = 0
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return order[: count - count % batch + rest]
-
-
-def compare(seen: Seen, roles: Mapping[str, str], neighbours: int, seed: int) -> dict[str, Any]:
+def compare(
+    seen: Seen, roles: Mapping[str, str], neighbours: int, seed: int, idle: Sequence[str] = ()
+) -> dict[str, Any]:
     """Everything in features.json that comes from one pass.
 
     Returns:
-        `layers`, `self`, `undefined`, `chance`, `gains`, and `pairs`, each with `first`, `second`; `cka`
+        `layers`, `self`, `undefined` (layers without numbers, and why), `chance`, `gains` (see `gained`),
+        `idle`, `procrustes` (of how many images), and `pairs`, each with `first`, `second`; `cka`
         (layers of the first × layers of the second); `best`: for both sides the other's most similar
         layer by layer; `penultimate`, `logits` and `matches` (the mean over the layers of the first
-        of their best match), CKA with intervals; `mutual_knn` with its interval; `procrustes`, and
-        `procrustes_chance`, the same with the images of one side in another order.
+        of their best match), CKA with intervals; `mutual_knn` with its interval; `procrustes`: its `value`
+        and that by `chance`, with the images of one side in another order.
     """
     cka, undefined = seen.moments.cka(), _undefined(seen)
     blocks = {pair: cka[np.ix_(seen.at(pair[0]), seen.at(pair[1]))] for pair in combinations(seen.layers, 2)}
     draws = {pair: _draws(seen, pair, block, seed) for pair, block in blocks.items()}
     for pair, shared in _shared(seen, neighbours, undefined, seed).items():
         draws[pair]["mutual_knn"] = shared
+    rotated, about = _rotations(seen, undefined, seed)
     pairs = [
         {
             "first": pair[0],
             "second": pair[1],
             "cka": block.tolist(),
-            "best": _best(seen, pair, block),
+            "best": _best(seen, pair, block, undefined),
             **{key: measured(values, _reason(undefined, pair, key)) for key, values in draws[pair].items()},
-            **_rotated(seen, pair, undefined, seed),
+            "procrustes": rotated[pair],
         }
         for pair, block in blocks.items()
     ]
-    count = len(next(iter(seen.features.values())))
     return {
         "layers": {name: list(labels) for name, labels in seen.layers.items()},
         "self": {name: cka[np.ix_(seen.at(name), seen.at(name))].tolist() for name in seen.layers},
         "undefined": undefined,
-        "chance": {"mutual_knn": neighbours / (count - 1)},
+        "chance": {"mutual_knn": neighbours / (len(seen) - 1)},
         "pairs": pairs,
-        "gains": gained(roles, draws, undefined),
+        "procrustes": about,
+        "idle": list(idle),
+        "gains": gained(roles, draws, undefined, idle),
     }
 
 
@@ -230,12 +225,16 @@ def _shared(
     return dict.fromkeys(combinations(seen.layers, 2), nothing) | resampled(shares, seed)
 
 
-def _best(seen: Seen, pair: tuple[str, str], block: np.ndarray) -> dict[str, list[dict[str, Any]]]:
-    """For each layer of either side the most similar one of the other; None for undefined layers."""
+def _best(
+    seen: Seen, pair: tuple[str, str], block: np.ndarray, undefined: Mapping[str, Mapping[str, str]]
+) -> dict[str, list[dict[str, Any]]]:
+    """For each layer of either side the most similar one of the other; undefined layers have a reason instead."""
     sides = {}
     for side, name, other, values in (("first", *pair, block), ("second", *pair[::-1], block.T)):
+        none = f"no layer of {other} has any"
+        reasons = undefined.get(name, {})
         sides[side] = [
-            {"layer": label, "match": None, "cka": float("nan")}
+            {"layer": label, "match": "", "cka": float("nan"), "reason": reasons.get(label, none)}
             if np.isnan(row).all()
             else {
                 "layer": label,
@@ -247,20 +246,42 @@ def _best(seen: Seen, pair: tuple[str, str], block: np.ndarray) -> dict[str, lis
     return sides
 
 
-def _rotated(
-    seen: Seen, pair: tuple[str, str], undefined: Mapping[str, Mapping[str, str]], seed: int
-) -> dict[str, float]:
-    if any(PENULTIMATE in undefined.get(name, {}) for name in pair):
-        return dict.fromkeys(("procrustes", "procrustes_chance"), float("nan"))
-    x, y = (seen.features[name] for name in pair)
-    other = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(y.device)
-    return {"procrustes": procrustes(x, y), "procrustes_chance": procrustes(x, y[other])}
+def _rotations(
+    seen: Seen, undefined: Mapping[str, Mapping[str, str]], seed: int
+) -> tuple[dict[tuple[str, str], dict[str, Any]], dict[str, Any]]:
+    """Procrustes of the penultimate features of each pair with that by chance, and of how many images it is."""
+    widest = max(features.shape[1] for features in seen.features.values())
+    count = len(seen)
+    about: dict[str, Any] = {"images": count}
+    if count > MOST_ROTATED and widest > MOST_ROTATED:
+        count = MOST_ROTATED
+        why = f"one network has {widest:,} penultimate features, and time grows with the cube of both"
+        about = {"images": count, "reason": f"{why}; neighbours are of all {len(seen):,} images"}
+    sides = {
+        name: None if PENULTIMATE in undefined.get(name, {}) else standard(features[:count])
+        for name, features in seen.features.items()
+    }
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    found = {}
+    pairs = list(combinations(seen.layers, 2))
+    with progress("procrustes", len(pairs)) as advance:
+        for pair in pairs:
+            first, second = (sides[name] for name in pair)
+            if first is None or second is None:
+                reason = _reason(undefined, pair, PENULTIMATE)
+                found[pair] = {"value": float("nan"), "chance": float("nan"), "reason": reason}
+            else:
+                chance = aligned(first, second[order.to(second.device)])
+                found[pair] = {"value": aligned(first, second), "chance": chance}
+            advance()
+    return found, about
 
 
 def gained(
     roles: Mapping[str, str],
     draws: Mapping[tuple[str, str], Mapping[str, np.ndarray]],
     undefined: Mapping[str, Mapping[str, str]],
+    idle: Sequence[str] = (),
 ) -> dict[str, Any]:
     """How much more alike a teacher the student is than a control is, with paired intervals over images.
 
@@ -268,13 +289,15 @@ def gained(
         roles: by model.
         draws: of each pair the measures, as they are and in each bootstrap sample (1 + R,).
         undefined: by model, the layers without CKA, and why.
+        idle: teachers without weight in the ensemble, who taught nothing.
 
     Returns:
         By control: `teachers`, and of each `penultimate`, `logits`, `matches` (the mean over the layers of
-        their best match) and `mutual_knn`; `mean`, the same on average over the teachers. Empty without
-        controls.
+        their best match) and `mutual_knn`; `mean`, the same on average over the teachers with weight.
+        Empty without controls.
     """
     teachers = [name for name, role in roles.items() if role == "teacher"]
+    weighty = [k for k, teacher in enumerate(teachers) if teacher not in idle]
     gains = {}
     for control in (name for name, role in roles.items() if role == "control"):
         moved = {
@@ -287,17 +310,23 @@ def gained(
                 teacher: {key: measured(values[k], why[key]) for key, values in moved.items()}
                 for k, teacher in enumerate(teachers)
             },
-            "mean": {key: measured(np.mean(values, axis=0), why[key]) for key, values in moved.items()},
+            "mean": {
+                key: measured(np.mean([values[k] for k in weighty], axis=0), why[key])
+                for key, values in moved.items()
+            },
         }
     return gains
 
 
 def _gain_table(numbers: Mapping[str, Any]) -> str:
     rows = []
+    everyone = "teachers with weight, on average" if numbers["idle"] else "all teachers, on average"
     for control, found in numbers["gains"].items():
         by_teacher = found["teachers"] if len(found["teachers"]) > 1 else {}
-        for teacher, row in [*by_teacher.items(), ("all teachers, on average", found["mean"])]:
-            rows.append([f"over {control}, to {teacher}", *(_signed(row[key]) for key in MEASURES)])
+        for teacher, row in [*by_teacher.items(), (everyone, found["mean"])]:
+            rows.append(
+                [f"over {control}, to {teacher}", *(interval(row[key], 1, 3, sign="+") for key in MEASURES)]
+            )
     title = "Similarity to the teachers that was gained by distilling: student minus control"
     return text_table(["", *_HEADERS], rows, title) if rows else ""
 
@@ -308,9 +337,8 @@ def _pair_table(numbers: Mapping[str, Any]) -> str:
     rows = [
         [
             f"{pair['first']} – {pair['second']}",
-            *(_number(pair[key]["value"]) for key in MEASURES),
-            _number(pair["procrustes"]),
-            _number(pair["procrustes_chance"]),
+            *(interval(pair[key], 1, 3) for key in MEASURES),
+            *(_plain(pair["procrustes"][key]) for key in ("value", "chance")),
         ]
         for pair in numbers["pairs"]
     ]
@@ -337,15 +365,8 @@ def _match_tables(numbers: Mapping[str, Any]) -> list[str]:
 
 
 def _match(best: Mapping[str, Any]) -> str:
-    return "–" if best["match"] is None else f"{best['match']} {best['cka']:.3f}"
+    return "–" if "reason" in best else f"{best['match']} {best['cka']:.3f}"
 
 
-def _number(value: float) -> str:
+def _plain(value: float) -> str:
     return "–" if np.isnan(value) else f"{value:.3f}"
-
-
-def _signed(measure: Mapping[str, float]) -> str:
-    if np.isnan(measure["value"]):
-        return "–"
-    value, low, high = (f"{round(measure[key], 3) + 0.0:+.3f}" for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"

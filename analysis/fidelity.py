@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+from scipy.stats import binomtest
 from torch import Tensor
 
+from ensemble_kd.analysis.intervals import interval
 from ensemble_kd.analysis.pairs import divergences
 from ensemble_kd.analysis.resampling import measured, resampled, unknown
 
 Answers = Mapping[str, np.ndarray]
 INDEPENDENT = "independent"
+NO_IMAGE = "no image of this class"
 
 
 @dataclass(frozen=True)
@@ -101,20 +103,15 @@ def corrupted_verdict(row: Mapping[str, Any], compared: Compared) -> str:
 
 def _verdict(said: str, agreement: Mapping[str, float], gains: Mapping[str, Mapping[str, float]]) -> str:
     """In one sentence, whether the student is nearer to its ensemble than a student of other teachers."""
-    said = f"{said} on {_percent(agreement)} of the images"
+    said = f"{said} on {interval(agreement, 100, 1, ' %')} of the images"
     if INDEPENDENT not in gains:
         return f"{said}; how often by chance, a control of independent teachers would show (--controls independent)."
     gain = gains[INDEPENDENT]
     judged = (
         "more often" if gain["low"] > 0 else "less often" if gain["high"] < 0 else "not clearly more often"
     )
-    points = ", ".join(f"{100 * gain[edge]:+.1f}" for edge in ("low", "high"))
-    return f"{said}, {judged} than a student of independent teachers ({100 * gain['value']:+.1f} points [{points}])."
-
-
-def _percent(share: Mapping[str, float]) -> str:
-    value, low, high = (100 * share[key] for key in ("value", "low", "high"))
-    return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
+    points = interval(gain, 100, 1, " points", "+")
+    return f"{said}, {judged} than a student of independent teachers ({points})."
 
 
 def columns_of(answers: Answers, labels: np.ndarray, compared: Compared) -> dict[tuple[str, ...], np.ndarray]:
@@ -183,11 +180,7 @@ def by_class(
 def wilson(hits: int, count: int) -> dict[str, Any]:
     """A share of `count` with Wilson's interval of 95 %."""
     if not count:
-        return unknown("no image of this class")
-    z, share = NormalDist().inv_cdf(0.975), float(hits) / count
-    middle, spread = (
-        share + z**2 / (2 * count),
-        z * np.sqrt(share * (1 - share) / count + (z / count) ** 2 / 4),
-    )
-    low, high = ((middle + side * spread) / (1 + z**2 / count) for side in (-1, 1))
-    return {"value": share, "low": max(0.0, float(low)), "high": min(1.0, float(high))}
+        return unknown(NO_IMAGE)
+    found = binomtest(int(hits), count)
+    low, high = found.proportion_ci(confidence_level=0.95, method="wilson")
+    return {"value": float(found.statistic), "low": float(low), "high": float(high)}

@@ -22,7 +22,7 @@ from ensemble_kd.analysis.options import (
     ReportOptions,
     SurfaceOptions,
 )
-from ensemble_kd.analysis.subjects import Subjects, subjects_of
+from ensemble_kd.analysis.subjects import FORM, Subjects, subjects_of
 from ensemble_kd.analysis.surface import surface_of
 from ensemble_kd.analysis.verdict import findings
 from ensemble_kd.config import read_yaml
@@ -73,7 +73,7 @@ class Gathering:
 
     def numbers(self, advance: Callable[..., None]) -> dict[str, Any]:
         """All numbers of the run; `advance` is called after each analysis."""
-        found = {
+        found: dict[str, Any] = {
             "name": self.name,
             "folder": str(self.run.folder),
             "metrics": self.metrics,
@@ -87,13 +87,23 @@ class Gathering:
         curves = self.run.path("curves.png")
         if curves.is_file():
             self.pictures["curves", "curves"] = curves.read_bytes()
+        found["fewer"] = [f"{part}: {line}" for part in ANALYSES if (line := self._fewer(found[part]))]
         return {**found, "findings": findings(found)}
+
+    def _fewer(self, numbers: Numbers) -> str:
+        """Where an analysis that was there is of fewer images than one made now would be, that it is."""
+        images, wanted = numbers.get("settings", {}).get("images"), self.options.most_images
+        if images is None or images >= min(wanted, self.metrics["n"]):
+            return ""
+        return f"made before, on {images:,} images; --images {wanted} makes it anew on more"
 
     def _part(self, part: str) -> dict[str, Any]:
         """An analysis that is there and fits, or one made now, or why it cannot be made."""
         for place in (self.run.path("analysis"), self.folder):
             numbers = self._read(part, place)
             if numbers is not None:
+                if fewer := self._fewer(numbers):
+                    log.warning("%s: %s: %s", self.name, part, fewer)
                 return numbers
         start = time.perf_counter()
         try:
@@ -169,7 +179,8 @@ def fits(numbers: Numbers, options: ReportOptions, models: Sequence[str]) -> boo
     settings = numbers["settings"]
     given = {name: getattr(options, name) for name in ("images", "seed") if name in options.model_fields_set}
     return (
-        list(numbers["roles"]) == list(models)
+        numbers.get("form") == FORM
+        and list(numbers["roles"]) == list(models)
         and (options.quick or not settings["quick"])
         and all(settings.get(name, value) == value for name, value in given.items())
         and "left_out" not in numbers.get("corruption", {})

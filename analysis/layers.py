@@ -134,7 +134,7 @@ def examine(classifier: Classifier, label: str, images: Tensor) -> Anatomy:
         return hook
 
     def note_input(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        ends[PENULTIMATE] = _seen(reduce(inputs[0], "gap"))
+        ends[PENULTIMATE] = _seen(inputs[0])
 
     with in_eval_mode(classifier), exactly(), ExitStack() as hooks:
         head = _head(classifier, label)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from ensemble_kd.analysis.intervals import written
 from ensemble_kd.analysis.style import STYLE
 
 _VOID = ("img", "meta", "br")
@@ -59,19 +60,13 @@ def measured(
     """A number with its interval; `–` where there is none, with the reason where one is given.
 
     Args:
-        measure: `value`, `low` and `high`; as read from JSON, where NaN is None.
-        scale: by which it is shown larger.
-        digits: after the point.
-        unit: written after the value.
-        sign: `+` to show the sign of all numbers.
+        measure, scale, digits, unit, sign: see `intervals.written`.
     """
-    if measure is None or measure["value"] is None:
+    found = None if measure is None else written(measure, scale, digits, unit, sign)
+    if measure is None or found is None:
         return tag("span", "–", title=(measure or {}).get("reason"))
-    value, low, high = (
-        "?" if measure[key] is None else f"{round(scale * measure[key], digits) + 0.0:{sign}.{digits}f}"
-        for key in ("value", "low", "high")
-    )
-    return join([number(measure["value"], value + unit), " ", tag("small", f"[{low}, {high}]")])
+    value, ends = found
+    return join([number(measure["value"], value), " ", tag("small", ends)])
 
 
 def table(

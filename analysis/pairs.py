@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.sparse import csr_array
-from scipy.stats import binom
+from scipy.stats import binomtest
 from torch import Tensor
 
 from ensemble_kd.analysis.diversity import UNDEFINED, from_counts
@@ -92,8 +92,8 @@ def mcnemar(only_first: int, only_second: int) -> dict[str, float]:
     Returns:
         `p`, two-sided, not corrected for the number of pairs that are compared; and both counts.
     """
-    fewer, both = min(only_first, only_second), only_first + only_second
-    p = min(1.0, 2 * float(binom.cdf(fewer, both, 0.5)))
+    both = only_first + only_second
+    p = float(binomtest(only_first, both).pvalue) if both else 1.0
     return {"p": p, "only_first": only_first, "only_second": only_second}
 
 

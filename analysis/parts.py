@@ -2,45 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
+from ensemble_kd.analysis.blocks import POINTS, SHARE, Numbers, Pictures, Rows, needs, shown
 from ensemble_kd.analysis.page import Child, details, figure, measured, number, table, tag
+from ensemble_kd.analysis.parts_inside import features, planes
 from ensemble_kd.analysis.plots import label
-
-Numbers = Mapping[str, Any]
-Pictures = Mapping[tuple[str, str], bytes]
-"""PNG files by analysis and key."""
-Rows = list[list[Child]]
-_POINTS = (100, 1, "", "+")
-_SHARE = (100, 1, " %")
-
-
-def shown(run: Numbers, pictures: Pictures, part: str, *keys: str) -> list[Child]:
-    """Pictures of an analysis in order, those without a place of their own where no key is given."""
-    about = run[part]["pictures"]
-    wanted = keys or [key for key in about if key not in _PLACED]
-    return [
-        figure(pictures[part, key], about[key]["title"], about[key]["alt"]) for key in wanted if key in about
-    ]
-
-
-_PLACED = ("cells", "corruption", "dark", "diversity")
-"""Pictures of the agreement that stand in other sections than its first."""
-
-
-def needs(part: str) -> Callable[[Callable[..., list[Child]]], Callable[[Numbers, Pictures], list[Child]]]:
-    """A section that tells why it is empty where an analysis is left out."""
-
-    def decorate(build: Callable[..., list[Child]]) -> Callable[[Numbers, Pictures], list[Child]]:
-        def section(run: Numbers, pictures: Pictures) -> list[Child]:
-            if "left_out" in run[part]:
-                return [tag("p", f"Left out: {run[part]['left_out']}.", class_="note")]
-            return build(run[part], run, pictures)
-
-        return section
-
-    return decorate
 
 
 @needs("agreement")
@@ -53,25 +20,28 @@ def pairs(numbers: Numbers, run: Numbers, pictures: Pictures) -> list[Child]:
         "κ",
         "error consistency",
         "JSD, nats",
+        "KL from the first, nats",
+        "from the second",
         "accuracy, points",
         "McNemar p",
     ]
     rows: Rows = [
         [
             f"{pair['first']} – {pair['second']}",
-            measured(pair["agreement"], *_SHARE),
+            measured(pair["agreement"], *SHARE),
             number(pair["bound"], f"{100 * pair['bound']:.1f} %"),
             measured(pair["kappa"], 1, 3),
             measured(pair["error_consistency"], 1, 3),
             measured(pair["jsd"], 1, 4),
-            measured(pair["accuracy_difference"], *_POINTS),
+            *(measured(pair["kl"][way], 1, 4) for way in ("first_second", "second_first")),
+            measured(pair["accuracy_difference"], *POINTS),
             number(pair["mcnemar"]["p"], f"{pair['mcnemar']['p']:.2g}"),
         ]
         for pair in numbers["pairs"]
     ]
     caption = (
-        "Every pair. At least: what both accuracies force. Accuracy: first minus second. McNemar: the exact test of "
-        "it, not corrected for how many pairs there are."
+        "Every pair. At least: what both accuracies force. KL from the first: KL(first‖second), at temperature 1. "
+        "Accuracy: first minus second. McNemar: the exact test of it, not corrected for how many pairs there are."
     )
     return [
         *shown(run, pictures, "agreement"),
@@ -87,8 +57,8 @@ def cells(numbers: Numbers, run: Numbers, pictures: Pictures) -> list[Child]:
     rows: Rows = [
         [
             f"{label(name, roles)} to {label(target, roles)}",
-            measured(row["agreement"], *_SHARE),
-            measured(row.get("agreement_gain"), *_POINTS),
+            measured(row["agreement"], *SHARE),
+            measured(row.get("agreement_gain"), *POINTS),
             measured(row["kl"], 1, 4),
             measured(row.get("kl_gain"), 1, 4, sign="+"),
         ]
@@ -103,7 +73,8 @@ def cells(numbers: Numbers, run: Numbers, pictures: Pictures) -> list[Child]:
         "student's KL below it",
     ]
     body.append(table(headers, rows, "How near student and controls are to the ensemble and each teacher"))
-    return [*body, *_corruption(numbers, run, pictures), *_by_class(numbers)]
+    body += _corruption(numbers, run, pictures)
+    return [*body, *shown(run, pictures, "agreement", "classes"), *_by_class(numbers)]
 
 
 def _corruption(numbers: Numbers, run: Numbers, pictures: Pictures) -> list[Child]:
@@ -117,10 +88,10 @@ def _corruption(numbers: Numbers, run: Numbers, pictures: Pictures) -> list[Chil
     rows: Rows = [
         [
             kind,
-            measured(row["agreement"][reference]["student"], *_SHARE),
-            *(measured(row["gain"][reference][name], *_POINTS) for name in gains),
-            measured(row["accuracy"]["student"], *_SHARE),
-            measured(row["accuracy"][reference], *_SHARE),
+            measured(row["agreement"][reference]["student"], *SHARE),
+            *(measured(row["gain"][reference][name], *POINTS) for name in gains),
+            measured(row["accuracy"]["student"], *SHARE),
+            measured(row["accuracy"][reference], *SHARE),
         ]
         for kind, row in lines.items()
     ]
@@ -197,77 +168,6 @@ def calibration(numbers: Numbers, run: Numbers, pictures: Pictures) -> list[Chil
             table(columns, differences, "What the student has more than each control, paired by image")
         )
     return body + [tag("p", remark, class_="note") for remark in remarks]
-
-
-@needs("features")
-def features(numbers: Numbers, run: Numbers, pictures: Pictures) -> list[Child]:
-    """CKA of layers, and what distilling gained of it."""
-    measures = {"penultimate": "CKA, penultimate", "logits": "CKA, logits", "matches": "CKA, best matches"}
-    measures["mutual_knn"] = f"{numbers['settings']['neighbours']} neighbours in common"
-    roles = numbers["roles"]
-    rows: Rows = [
-        [f"student − {control}, to {teacher}", *(measured(row[key], 1, 3, sign="+") for key in measures)]
-        for control, found in numbers["gains"].items()
-        for teacher, row in [*found["teachers"].items(), ("all teachers, mean", found["mean"])]
-    ]
-    alike: Rows = [
-        [f"{label(pair['first'], roles)} – {label(pair['second'], roles)}"]
-        + [measured(pair[key], 1, 3) for key in measures]
-        for pair in numbers["pairs"]
-    ]
-    chance = numbers["chance"]["mutual_knn"]
-    caption = f"How alike layers are: debiased linear CKA, and neighbours in common (by chance {chance:.3f})"
-    first = [key for key in ("teachers", "gains") if key in numbers["pictures"]]
-    rest = [key for key in numbers["pictures"] if key not in first]
-    body = shown(run, pictures, "features", *first)
-    if rows:
-        title = "What the student has more of likeness to the teachers than each control, paired by image"
-        body.append(table(["", *measures.values()], rows, title))
-    body.append(
-        details(f"All {len(alike)} pairs in numbers", table(["", *measures.values()], alike, caption))
-    )
-    if rest:
-        body.append(details("Controls and single networks", *shown(run, pictures, "features", *rest)))
-    reasons = [
-        f"{model}, layer {layer}: no numbers, as {reason}."
-        for model, layers in numbers["undefined"].items()
-        for layer, reason in layers.items()
-    ]
-    return body + [tag("p", reason, class_="note") for reason in reasons]
-
-
-@needs("surface")
-def planes(numbers: Numbers, run: Numbers, pictures: Pictures) -> list[Child]:
-    """Planes through three images, who says the same on them, and the shape of the regions."""
-    roles, settings = numbers["roles"], numbers["settings"]
-    taught = [name for role in ("ensemble", "teacher") for name in roles if roles[name] == role]
-    alike = {frozenset((pair["first"], pair["second"])): pair["reproducibility"] for pair in numbers["pairs"]}
-    rows: Rows = [
-        [label(name, roles), *(measured(alike.get(frozenset((name, other))), *_SHARE) for other in taught)]
-        for name in roles
-    ]
-    gains = {(row["control"], row["target"]): row["gain"] for row in numbers["gains"]}
-    rows += [
-        [f"student − {control}, points", *(measured(gains[control, other], *_POINTS) for other in taught)]
-        for control in dict.fromkeys(control for control, _ in gains)
-    ]
-    size = f"{settings['triplets']:,} planes of {settings['points']}×{settings['points']} points"
-    caption = f"How often two models say the same on {size}; 95 % intervals over planes"
-    shapes: Rows = [
-        [
-            label(name, roles),
-            *(measured(own[key], 1, 2) for key in ("regions", "per_class")),
-            *(measured(numbers["margins"][name][key], 1, 3) for key in ("median", "mean")),
-        ]
-        for name, own in numbers["fragmentation"].items()
-    ]
-    columns = ["", "regions a plane", "a class", "median distance to the boundary", "mean distance"]
-    about = "Connected regions of one class, and how far the images are from the boundary, along the plane"
-    return [
-        *shown(run, pictures, "surface"),
-        table(["", *(label(name, roles) for name in taught)], rows, caption),
-        details("The shape of the regions in numbers", table(columns, shapes, about)),
-    ]
 
 
 @needs("agreement")

@@ -7,13 +7,14 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ensemble_kd import files
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _DPI = 110
@@ -65,27 +66,34 @@ def _fonts() -> list[str]:
 
 def draw_heat_maps(matrices: Mapping[str, np.ndarray], names: Sequence[str], path: Path) -> None:
     """Square matrices side by side, colours fixed to 0–1, into a PNG at `path`."""
+    shown = [shorten(name, 20) for name in names]
+    side, margin = 0.42 * len(names) + 0.4, 0.08 * max(map(len, shown)) + 0.2
+    # A title is wider than two or three squares.
+    side = max(side, 0.075 * max(map(len, matrices)))
+    with picture(path, len(matrices) * side + margin + 0.9, side + margin + 0.3) as figure:
+        axes = figure.subplots(1, len(matrices), sharey=True, squeeze=False)[0]
+        for axis, (title, values) in zip(axes, matrices.items(), strict=True):
+            heat_map(axis, values, shown, vmin=0, vmax=1, cmap="magma", annot=True, fmt=".2f")
+            axis.set_title(title, fontsize=10)
+        figure.colorbar(axes[-1].collections[0], ax=axes, fraction=0.03, pad=0.01)
+
+
+def heat_map(axis: Axes, values: np.ndarray, labels: Sequence[str], **options: Any) -> None:
+    """A square matrix with its labels on both sides; a cell without a number is left empty."""
     import seaborn as sns
 
-    shown = [shorten(name) for name in names]
-    side = 1.8 + 0.75 * len(names) + 0.08 * max(map(len, shown))
-    with picture(path, side * len(matrices) + 1, side) as figure:
-        axes = figure.subplots(1, len(matrices), squeeze=False)[0]
-        for axis, (title, values) in zip(axes, matrices.items(), strict=True):
-            sns.heatmap(
-                values,
-                vmin=0,
-                vmax=1,
-                cmap="magma",
-                annot=True,
-                fmt=".2f",
-                square=True,
-                xticklabels=shown,
-                yticklabels=shown,
-                ax=axis,
-            )
-            axis.set_title(title)
-            axis.tick_params(axis="x", rotation=45)
+    sns.heatmap(
+        values,
+        square=True,
+        cbar=False,
+        xticklabels=labels,
+        yticklabels=labels,
+        annot_kws={"fontsize": 7},
+        ax=axis,
+        **options,
+    )
+    axis.tick_params(axis="x", rotation=90, labelsize=8)
+    axis.tick_params(axis="y", rotation=0, labelsize=8)
 
 
 def shorten(name: str, length: int = 30) -> str:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ensemble_kd.analysis.pairs import matrix
-from ensemble_kd.analysis.plots import picture, shorten
+from ensemble_kd.analysis.plots import draw_heat_maps, heat_map, picture, shorten
+from ensemble_kd.analysis.plots_classes import draw_classes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,6 +30,8 @@ def draw_agreement(numbers: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     }
     if "left_out" not in numbers["corruption"]:
         drawn["corruption"] = _corruption(numbers, folder / "agreement-corruption.png")
+    if any(row["n"] for row in numbers["by_class"]) and numbers["by_class"][0]["agreement"]:
+        drawn["classes"] = draw_classes(numbers, folder / "agreement-classes.png")
     if numbers["dark"]["words"]:
         drawn["dark"] = _dark(numbers, folder / "agreement-dark.png")
     return drawn
@@ -44,40 +47,15 @@ def _about(path: Path, title: str, alt: str) -> dict[str, str]:
 
 def _heat_maps(numbers: Mapping[str, Any], path: Path) -> dict[str, str]:
     names, pairs = numbers["models"], numbers["pairs"]
-    shown = [shorten(name, 20) for name in names]
-    side, margin = 0.42 * len(names) + 0.4, 0.08 * max(map(len, shown)) + 0.2
-    with picture(path, 3 * side + margin + 0.9, side + margin + 0.3) as figure:
-        axes = figure.subplots(1, len(_HEAT_MAPS), sharey=True, squeeze=False)[0]
-        for axis, (measure, title) in zip(axes, _HEAT_MAPS.items(), strict=True):
-            values = matrix(pairs, names, measure)
-            _heat_map(axis, values, shown, vmin=0, vmax=1, cmap="magma", annot=True, fmt=".2f")
-            axis.set_title(title, fontsize=10)
-        figure.colorbar(axes[-1].collections[0], ax=axes, fraction=0.03, pad=0.01)
+    draw_heat_maps({title: matrix(pairs, names, key) for key, title in _HEAT_MAPS.items()}, names, path)
     closest = max(pairs, key=lambda pair: _or(pair["error_consistency"]["value"], -2))
     return _about(
         path,
         "Every pair of models: same answers, and same errors",
         f"Three square heat maps, colours from 0 to 1: agreement, Cohen's kappa and error consistency. Most alike in "
         f"their errors are {shorten(closest['first'])} and {shorten(closest['second'])}, with an error consistency of "
-        f"{closest['error_consistency']['value']:.2f}.",
+        f"{_known(closest['error_consistency'])}.",
     )
-
-
-def _heat_map(axis: Axes, values: np.ndarray, labels: Sequence[str], **options: Any) -> None:
-    import seaborn as sns
-
-    sns.heatmap(
-        values,
-        square=True,
-        cbar=False,
-        xticklabels=labels,
-        yticklabels=labels,
-        annot_kws={"fontsize": 7},
-        ax=axis,
-        **options,
-    )
-    axis.tick_params(axis="x", rotation=90, labelsize=8)
-    axis.tick_params(axis="y", rotation=0, labelsize=8)
 
 
 def _cells(numbers: Mapping[str, Any], path: Path) -> dict[str, str]:
@@ -200,19 +178,18 @@ def _dark(numbers: Mapping[str, Any], path: Path) -> dict[str, str]:
         axes = figure.subplots(1, 3, sharey=True)
         for axis, (name, values) in zip(axes, means.items(), strict=False):
             # The square root, as a few classes would leave all others black.
-            _heat_map(axis, values, names, norm=PowerNorm(0.5, 0, most), cmap="magma")
+            heat_map(axis, values, names, norm=PowerNorm(0.5, 0, most), cmap="magma")
             axis.set_title(shorten(name), fontsize=10)
-        _heat_map(axes[2], difference, names, vmin=-widest, vmax=widest, cmap="vlag")
+        heat_map(axes[2], difference, names, vmin=-widest, vmax=widest, cmap="vlag")
         axes[2].set_title(f"{shorten(student, 14)} − {shorten(numbers['reference'], 14)}", fontsize=10)
         axes[0].set_ylabel("true class", fontsize=8)
         axes[1].set_xlabel("wrong class", fontsize=8)
         _bars(figure, axes)
-    correlation = dark["correlation"][student]["value"]
     return _about(
         path,
         "Dark knowledge: mean probability of each wrong class, by true class",
         f"Heat maps of true class against wrong class for {_listed(means)} and their difference, {len(names)} "
-        f"of {dark['of']} classes. The rank correlation of both is {correlation:.2f}.",
+        f"of {dark['of']} classes. The rank correlation of both is {_known(dark['correlation'][student])}.",
     )
 
 
@@ -273,3 +250,9 @@ def _point(pair: Mapping[str, Any]) -> tuple[float, float]:
 
 def _or(value: float, other: float) -> float:
     return other if np.isnan(value) else value
+
+
+def _known(measure: Mapping[str, Any]) -> str:
+    """A number in a text, or why there is none."""
+    value = measure["value"]
+    return f"unknown ({measure['reason']})" if np.isnan(value) else f"{value:.2f}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ensemble_kd.analysis.intervals import interval
 from ensemble_kd.analysis.plots import picture, shorten
 
 if TYPE_CHECKING:
@@ -159,9 +160,7 @@ def _draw_gains(gains: Mapping[str, Any], folder: Path) -> dict[str, str]:
         _points(figure, gains)
     control, found = next(iter(gains.items()))
     first = found["mean"]["penultimate"]
-    shown = (
-        "unknown" if np.isnan(first["value"]) else "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**first)
-    )
+    shown = interval(first, 1, 3, sign="+", unknown=f"unknown ({first.get('reason')})")
     return {
         "file": file,
         "title": "Similarity to the teachers that was gained by distilling, on average over them",

@@ -18,6 +18,7 @@ from ensemble_kd.analysis.options import ReportOptions
 from ensemble_kd.analysis.page import page
 from ensemble_kd.analysis.sections import lead, sections
 from ensemble_kd.analysis.seeds import groups
+from ensemble_kd.analysis.studies import StudyResult, summarise
 from ensemble_kd.analysis.verdict import over_seeds
 from ensemble_kd.config import resolve
 from ensemble_kd.console import progress
@@ -46,7 +47,8 @@ class Report:
             for finding in run["findings"]:
                 lines += [f"  {finding['question']}", *(f"    {line}" for line in finding["sentences"])]
             lines.append("")
-        return "\n".join([*lines, *(group["sentence"] for group in self.numbers["groups"])]).strip()
+        said = [line for group in self.numbers["groups"] for line in group["sentences"]]
+        return "\n".join([*lines, *said]).strip()
 
 
 def report(
@@ -56,15 +58,15 @@ def report(
     config_file: str | Path | None = None,
     sets: Sequence[str] = (),
     **options: Any,
-) -> Report:
-    """Write a report on one run, or on several side by side: one HTML file that needs nothing else.
+) -> Report | StudyResult:
+    """Write a report on one run, on several side by side, or on a study: one HTML file that needs nothing else.
 
     Analyses that are missing are made first. One that is there is read, unless it is a quick one and this
     report is not, or was made with other `images` or another `seed` than are given here. What cannot be
     made is left out, and the report says why.
 
     Args:
-        runs: run folders; the newest finished run where none is named.
+        runs: run folders, or one folder of a study; the newest finished run where none is named.
         teachers: of runs that were given them as objects, the same objects.
         config_file: YAML with any of the options.
         sets: assignments such as `"quick=true"`.
@@ -81,6 +83,8 @@ def report(
     named = [runs] if isinstance(runs, (str, Path)) else runs
     given = {**options, "runs": None if named is None else [str(run) for run in named]}
     chosen = resolve(ReportOptions, given, file=Path(config_file) if config_file else None, sets=sets)
+    if len(chosen.runs) == 1 and (chosen.runs[0] / "study.yaml").is_file():
+        return summarise(chosen.runs[0])  # what a study can say lies in its runs
     opened = _opened(chosen.runs)
     folder = chosen.out or _folder_for(opened)
     gatherings = [
@@ -107,7 +111,7 @@ def _write(
             "command": shlex.join(sys.argv),
             "settings": {"quick": options.quick, "images": options.images, "seed": options.seed},
             "runs": told,
-            "groups": [{**group, "sentence": over_seeds(group)} for group in groups(told)],
+            "groups": [{**group, "sentences": over_seeds(group)} for group in groups(told)],
         },
     )
     # The page is made of what is in the file, so that the two cannot differ.

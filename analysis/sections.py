@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ensemble_kd.analysis import likeness
+from ensemble_kd.analysis.blocks import Pictures
 from ensemble_kd.analysis.made import how_it_was_made
 from ensemble_kd.analysis.page import Child, Html, Section, measured, number, table, tag
-from ensemble_kd.analysis.parts import PARTS, Pictures
+from ensemble_kd.analysis.parts import PARTS
 from ensemble_kd.analysis.plots import label
 from ensemble_kd.tables import combination_lines
 
@@ -62,8 +64,10 @@ def _side_by_side(numbers: Numbers) -> list[Child]:
     runs = numbers["runs"]
     body: list[Child] = []
     if numbers["groups"]:
-        said = [tag("li", tag("p", group["sentence"])) for group in numbers["groups"]]
-        body += [tag("ul", *said, class_="verdict"), *(_group_table(group) for group in numbers["groups"])]
+        said = [tag("li", *(tag("p", line) for line in group["sentences"])) for group in numbers["groups"]]
+        body.append(tag("ul", *said, class_="verdict"))
+        for group in numbers["groups"]:
+            body += [_group_table(group), *_likeness_over_seeds(group)]
     rows: list[list[Child]] = [
         ["data", *(run["metrics"]["data"] for run in runs)],
         ["teachers", *(", ".join(map(str, run["config"]["teachers"])) for run in runs)],
@@ -78,8 +82,9 @@ def _side_by_side(numbers: Numbers) -> list[Child]:
     smaller = [run["metrics"]["times_smaller"] for run in runs]
     rows.append(["times smaller than the teachers", *(number(times, f"{times:.1f}") for times in smaller)])
     rows += [row for measure in ("nll", "ece", "agreement") for row in _measure_rows(runs, measure)]
+    rows += [row for measure in likeness.MEASURES for row in _likeness_rows(runs, measure)]
     headers = ["", *(run["name"] for run in runs)]
-    return [*body, table(headers, rows, f"The runs side by side; {_OVER}")]
+    return [*body, table(headers, rows, f"The runs side by side; {_OVER} or planes")]
 
 
 def _measure_rows(runs: Sequence[Numbers], measure: str) -> list[list[Child]]:
@@ -92,6 +97,48 @@ def _measure_rows(runs: Sequence[Numbers], measure: str) -> list[list[Child]]:
         ]
         for name in dict.fromkeys(name for run in runs for name in _compared(run))
     ]
+
+
+def _likeness_rows(runs: Sequence[Numbers], measure: str) -> list[list[Child]]:
+    """What the student of each run has more of a measure of likeness than each of its controls."""
+    _, title, scale, digits, unit = likeness.MEASURES[measure]
+    found = [{} if likeness.why_missing(run, measure) else likeness.gains(run, measure) for run in runs]
+    return [
+        [
+            f"{title}: student − {control}{', points' if unit else ''}",
+            *(measured(own.get(control), scale, digits, sign="+") for own in found),
+        ]
+        for control in dict.fromkeys(control for own in found for control in own)
+    ]
+
+
+def _likeness_over_seeds(group: Numbers) -> list[Child]:
+    """Planes, corruption and CKA over seeds, and what of them is missing."""
+    found = {key: own for key, own in group["likeness"].items() if "left_out" not in own}
+    notes: list[Child] = [
+        tag("p", f"No interval over seeds of {likeness.MEASURES[key][1]}: {own['left_out']}.", class_="note")
+        for key, own in group["likeness"].items()
+        if key not in found
+    ]
+    if not found:
+        return notes
+    networks = list(next(iter(found.values()))["models"])
+    shapes = {key: likeness.MEASURES[key][2:] for key in found}
+    rows: list[list[Child]] = [
+        [name, *(measured(own["models"][name], *shapes[key]) for key, own in found.items())]
+        for name in networks
+    ]
+    rows += [
+        [f"student − {name}"]
+        + [measured(own["differences"][name], *shapes[key][:2], sign="+") for key, own in found.items()]
+        for name in networks[1:]
+    ]
+    seeds = ", ".join(map(str, group["seeds"]))
+    caption = (
+        f"How alike to the ensemble and, in CKA and neighbours, to its teachers on average: means over the seeds "
+        f"{seeds}, with 95 % t intervals over seeds"
+    )
+    return [table(["", *(likeness.MEASURES[key][1] for key in found)], rows, caption), *notes]
 
 
 def _compared(run: Numbers) -> dict[str, Numbers]:
@@ -125,6 +172,7 @@ def _verdict(run: Numbers, pictures: Pictures) -> list[Child]:
         "intervals can lie to one side of their value."
     )
     body: list[Child] = [tag("ul", *items, class_="verdict"), tag("p", note, class_="note")]
+    body += [tag("p", f"{line}.", class_="note") for line in run["fewer"]]
     body += [_summary(run), *_differences(run)]
     metrics = run["metrics"]
     if "combination" in metrics:

@@ -6,21 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
+from ensemble_kd.analysis import likeness
+from ensemble_kd.analysis.intervals import t_interval
 from ensemble_kd.files import sha256_json
-from ensemble_kd.metrics import Measure
 
 _FREE = ("seed", "out", "overwrite", "device", "profile", "compile", "cuda_graph")
 """Options in which runs of a group may differ: the seed, and what is no part of the experiment."""
-
-
-def t_interval(values: Sequence[float]) -> Measure:
-    """The mean of n ≥ 2 values with its 95 % interval by Student's t."""
-    array = np.asarray(values, dtype=np.float64)
-    mean = float(array.mean())
-    half = float(stats.t.ppf(0.975, len(array) - 1) * array.std(ddof=1) / len(array) ** 0.5)
-    return Measure(value=mean, low=mean - half, high=mean + half)
 
 
 def groups(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -31,7 +23,8 @@ def groups(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Returns:
         Each with `runs` (names), `seeds`, `models`: mean over seeds of each measure of student and
-        controls, and `differences`: of student minus control, paired by seed.
+        controls, and `differences`: of student minus control, paired by seed; `likeness`: both for each
+        of `likeness.MEASURES`, or `left_out` with the reason.
     """
     alike: dict[str, dict[int, Mapping[str, Any]]] = {}
     for run in runs:
@@ -41,7 +34,8 @@ def groups(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _group(by_seed: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    rows = [run["metrics"]["models"] for run in by_seed.values()]
+    runs = list(by_seed.values())
+    rows = [run["metrics"]["models"] for run in runs]
     first = rows[0]
     networks = [name for name, row in first.items() if row["role"] in ("student", "control")]
     values = {
@@ -49,7 +43,7 @@ def _group(by_seed: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
         for name in networks
     }
     return {
-        "runs": [run["name"] for run in by_seed.values()],
+        "runs": [run["name"] for run in runs],
         "seeds": list(by_seed),
         "models": {
             name: {measure: t_interval(own) for measure, own in measures.items()}
@@ -63,6 +57,27 @@ def _group(by_seed: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
             for name, measures in values.items()
             if name != "student"
         },
+        "likeness": {measure: _likeness(runs, measure) for measure in likeness.MEASURES},
+    }
+
+
+def _likeness(runs: Sequence[Mapping[str, Any]], measure: str) -> dict[str, Any]:
+    """Of student and controls, and student minus each control paired by seed; or why there are no numbers."""
+    for run in runs:
+        if reason := likeness.why_missing(run, measure):
+            return {"left_out": f"{run['name']}: {reason}"}
+    first, *others = (likeness.settings(run, measure) for run in runs)
+    if any(other != first for other in others):
+        return {"left_out": "the runs were analysed with other settings"}
+    rows = [likeness.values(run, measure) for run in runs]
+    values = {name: [row[name] for row in rows] for name in rows[0]}
+    unknown = [name for name, own in values.items() if not np.isfinite(own).all()]
+    if unknown:
+        return {"left_out": f"it is not defined for {', '.join(unknown)} in every run"}
+    gains = {name: np.subtract(values["student"], own) for name, own in values.items() if name != "student"}
+    return {
+        "models": {name: t_interval(own) for name, own in values.items()},
+        "differences": {name: t_interval(gain) for name, gain in gains.items()},
     }
 
 

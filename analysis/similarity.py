@@ -45,23 +45,31 @@ def shared_neighbours(first: Int[Tensor, "N K"], second: Int[Tensor, "N K"]) -> 
 
 
 def procrustes(x: Float[Tensor, "N P"], y: Float[Tensor, "N Q"]) -> float:
-    """‖XᵀY‖_* of centred features of norm 1, in float64: 1 where a rotation makes both the same.
+    """`aligned` of features as they are, NaN where a side does not vary, or is not finite."""
+    first, second = standard(x), standard(y)
+    return float("nan") if first is None or second is None else aligned(first, second)
+
+
+def aligned(x: Float[Tensor, "N P"], y: Float[Tensor, "N Q"]) -> float:
+    """‖XᵀY‖_* of features that `standard` gave, in float64: 1 where a rotation makes both the same.
 
     The orthogonal Procrustes distance is d² = 2 − 2 of this (Ding et al. 2021). Unrelated
     features are not at 0, and the less so the more of them there are for N: compare it with what the
-    images of one side in another order give. NaN where a side does not vary, or is not finite.
+    images of one side in another order give.
     """
-    sides = [side.double() - side.double().mean(dim=0) for side in (x, y)]
-    norms = [float(side.norm()) for side in sides]
-    if not all(
-        1e-12 * float(whole.norm()) < norm < float("inf") for whole, norm in zip((x, y), norms, strict=True)
-    ):
-        return float("nan")
-    first, second = (_compact(side / norm) for side, norm in zip(sides, norms, strict=True))
-    return float(torch.linalg.matrix_norm(first.T @ second, "nuc"))
+    return float(torch.linalg.matrix_norm(x.T @ y, "nuc"))
 
 
-def _compact(features: Tensor) -> Tensor:
-    """The features rotated into at most N of them, which changes no singular value."""
-    n, width = features.shape
-    return torch.linalg.qr(features.T, mode="r").R.T if width > n else features
+def standard(features: Float[Tensor, "N P"]) -> Float[Tensor, "N P2"] | None:
+    """Centred features of norm 1, rotated into at most N of them, which changes no singular value; float64.
+
+    None where they do not vary, or are not finite.
+    """
+    wide = features.double()
+    centred = wide - wide.mean(dim=0)
+    norm = float(centred.norm())
+    if not 1e-12 * float(wide.norm()) < norm < float("inf"):
+        return None
+    n, width = centred.shape
+    unit = centred / norm
+    return torch.linalg.qr(unit.T, mode="r").R.T if width > n else unit

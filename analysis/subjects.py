@@ -30,6 +30,8 @@ from ensemble_kd.teachers.combination import set_up
 from ensemble_kd.teachers.ensemble import Ensemble, Teacher
 
 Chosen = TypeVar("Chosen", bound=AnalysisOptions)
+FORM = 2
+"""Of the files of numbers; a report makes anew what has another."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,14 @@ class Subjects:
         return self.ensemble.teachers if self.ensemble else ()
 
     @cached_property
+    def idle(self) -> list[str]:
+        """The teachers without weight in the ensemble, where weights do not change by batch."""
+        if self.ensemble is None or self.ensemble.weigh is not None:
+            return []
+        weights = zip(self.teachers, self.ensemble.weights.tolist(), strict=True)
+        return [teacher.label for teacher, weight in weights if weight == 0]
+
+    @cached_property
     def roles(self) -> dict[str, str]:
         """`student`, `control`, `teacher`, `ensemble` or `model` by name, in the order of all tables."""
         if self.ensemble is None:
@@ -66,6 +76,7 @@ class Subjects:
     def head(self, images: Images, /, **settings: Any) -> dict[str, Any]:
         """What every file of numbers begins with: who is compared, on what, and the settings that shaped it."""
         return {
+            "form": FORM,
             "source": self.source,
             "data": self.data.name,
             "classes": list(self.data.classes),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ensemble_kd import files
+from ensemble_kd.analysis.intervals import interval, t_interval
 from ensemble_kd.analysis.options import SurfaceOptions
 from ensemble_kd.analysis.planes import (
     BORDER,
@@ -26,7 +27,6 @@ from ensemble_kd.analysis.planes import (
 )
 from ensemble_kd.analysis.plots import label
 from ensemble_kd.analysis.plots_surface import SHOWN, Shown, draw_surfaces
-from ensemble_kd.analysis.seeds import t_interval
 from ensemble_kd.analysis.subjects import Subjects, chosen_options, subjects_of
 from ensemble_kd.console import progress
 from ensemble_kd.data.dataset import Images
@@ -212,8 +212,10 @@ def summarise(
         {
             "first": names[i],
             "second": names[j],
-            "reproducibility": _share(alike[:, i, j]),
-            "sd": float(alike[:, i, j].std(ddof=1)) if len(alike) > 1 else float("nan"),
+            "reproducibility": {
+                **_share(alike[:, i, j]),
+                "sd": float(alike[:, i, j].std(ddof=1)) if len(alike) > 1 else float("nan"),
+            },
         }
         for i, j in combinations(range(len(names)), 2)
     ]
@@ -228,7 +230,7 @@ def summarise(
 def _mean(values: np.ndarray) -> dict[str, Any]:
     """The mean over planes with its interval."""
     if len(values) > 1:
-        return {**t_interval(values.tolist())}
+        return {**t_interval(values)}
     return {"value": float(values.mean()), "low": float("nan"), "high": float("nan"), "reason": _ONE}
 
 
@@ -322,8 +324,10 @@ def _pair_table(numbers: Mapping[str, Any]) -> str:
     columns = columns or list(roles)
     cells = {}
     for pair in numbers["pairs"]:
-        text = _text(pair["reproducibility"], 100, 1, " %")
-        text += f" ± {100 * pair['sd']:.1f}" if pair["sd"] == pair["sd"] else ""
+        alike = pair["reproducibility"]
+        text = interval(alike, 100, 1, " %") + (
+            f" ± {100 * alike['sd']:.1f}" if alike["sd"] == alike["sd"] else ""
+        )
         cells[pair["first"], pair["second"]] = cells[pair["second"], pair["first"]] = text
     rows = [[label(name, roles), *(cells.get((name, other), "–") for other in columns)] for name in roles]
     title = (
@@ -338,7 +342,7 @@ def _gain_table(numbers: Mapping[str, Any]) -> str:
     """What the student has of reproducibility more than each control."""
     gains = numbers["gains"]
     controls, targets = (list(dict.fromkeys(gain[key] for gain in gains)) for key in ("control", "target"))
-    cells = {(g["control"], g["target"]): _text(g["gain"], 100, 1, "", sign="+") for g in gains}
+    cells = {(g["control"], g["target"]): interval(g["gain"], 100, 1, sign="+") for g in gains}
     rows = [[f"over control {c}", *(cells[c, target] for target in targets)] for c in controls]
     title = "percentage points by which the student agrees more often than a control, plane by plane"
     return text_table(["gain by distilling", *targets], rows, title)
@@ -353,24 +357,13 @@ def _shape_table(numbers: Mapping[str, Any]) -> str:
         rows.append(
             [
                 label(name, numbers["roles"]),
-                _text(regions["regions"], 1, 2),
-                _text(regions["per_class"], 1, 2),
-                _text(margins["median"], 1, 3),
-                _text(margins["mean"], 1, 3),
+                interval(regions["regions"], 1, 2),
+                interval(regions["per_class"], 1, 2),
+                interval(margins["median"], 1, 3, unknown="none"),
+                interval(margins["mean"], 1, 3, unknown="none"),
                 f"{margins['without_boundary']} of {margins['images']}",
             ]
         )
     return text_table(
         headers, rows, "connected regions, and distances from the images in units of pixels in [0, 1]"
     )
-
-
-def _text(measure: Mapping[str, Any], scale: float, digits: int, unit: str = "", sign: str = "") -> str:
-    """A number with its interval; a sign on all of them where `sign` is `+`."""
-    if not np.isfinite(measure["value"]):
-        return "none"
-    value, low, high = (
-        f"{scale * measure[key]:{sign}.{digits}f}" if np.isfinite(measure[key]) else "?"
-        for key in ("value", "low", "high")
-    )
-    return f"{value}{unit} [{low}, {high}]"

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ensemble_kd.analysis.intervals import interval
 from ensemble_kd.analysis.plots import shorten
 from ensemble_kd.tables import text_table
 
 _SENTENCES = 4
+_SHARE = (100, 1, " %")
+_POINTS = (100, 1, "", "+")
 
 
 def agreement_table(numbers: Mapping[str, Any]) -> str:
@@ -27,10 +30,10 @@ def _fidelity_table(numbers: Mapping[str, Any]) -> str:
     rows = [
         [
             f"{_named(name, numbers)} to {shorten(target)}",
-            percent(row["agreement"]),
-            signed(row["agreement_gain"], 100, 1) if "agreement_gain" in row else "–",
-            number(row["kl"]),
-            signed(row["kl_gain"]) if "kl_gain" in row else "–",
+            interval(row["agreement"], *_SHARE),
+            interval(row["agreement_gain"], *_POINTS) if "agreement_gain" in row else "–",
+            interval(row["kl"], 1, 3),
+            interval(row["kl_gain"], sign="+") if "kl_gain" in row else "–",
         ]
         for target, networks in numbers["fidelity"]["targets"].items()
         for name, row in networks.items()
@@ -54,12 +57,12 @@ def _pair_table(pairs: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         [
             f"{shorten(pair['first'])} – {shorten(pair['second'])}",
-            percent(pair["agreement"]),
+            interval(pair["agreement"], *_SHARE),
             f"{100 * pair['bound']:.1f} %",
-            number(pair["kappa"]),
-            number(pair["error_consistency"]),
+            interval(pair["kappa"], 1, 3),
+            interval(pair["error_consistency"], 1, 3),
             f"{pair['jsd']['value']:.4f}",
-            signed(pair["accuracy_difference"], 100, 1),
+            interval(pair["accuracy_difference"], *_POINTS),
             f"{pair['mcnemar']['p']:.2g}",
             *(f"{100 * pair['cells'][cell]['value']:.1f} %" for cell in ("both_wrong", "same_wrong")),
         ]
@@ -76,8 +79,8 @@ def _group_lines(groups: Mapping[str, Any]) -> list[str]:
         "all": "All models but the ensemble" if "teachers" in groups else "All",
     }
     lines = [
-        f"{words[name]}: {percent(group['disagreement'])} of pairs differ in being right, interrater kappa "
-        f"{number(group['interrater_kappa'])}, mutual information {number(group['mutual_information'])} nats."
+        f"{words[name]}: {interval(group['disagreement'], *_SHARE)} of pairs differ in being right, interrater kappa "
+        f"{interval(group['interrater_kappa'], 1, 3)}, mutual information {interval(group['mutual_information'], 1, 3)} nats."
         for name, group in groups.items()
     ]
     return ["\n".join(lines)] if lines else []
@@ -100,8 +103,8 @@ def _corruption_table(numbers: Mapping[str, Any]) -> str:
         [
             kind,
             ", ".join(f"{strength:g}" for strength in strengths),
-            *(percent(mean["agreement"][target][name]) for name in shown),
-            *(signed(mean["gain"][target][name], 100, 1) for name in gains),
+            *(interval(mean["agreement"][target][name], *_SHARE) for name in shown),
+            *(interval(mean["gain"][target][name], *_POINTS) for name in gains),
         ]
         for kind, (strengths, mean) in {
             "none": ([], found["clean"]),
@@ -122,10 +125,10 @@ def _dark_lines(numbers: Mapping[str, Any]) -> list[str]:
     count = len(dark["words"])
     for name, same in dark["same_nearest"].items():
         gain = dark["correlation_gain"].get(name)
-        over = f"; the student's is {signed(gain, 1, 2)} above it" if gain else ""
+        over = f"; the student's is {interval(gain, 1, 2, sign='+')} above it" if gain else ""
         lines.append(
             f"  {_named(name, numbers)}: same nearest wrong class as {reference} for {same} of {count} classes, "
-            f"rank correlation {number(dark['correlation'][name], 2)}{over}"
+            f"rank correlation {interval(dark['correlation'][name], 1, 2)}{over}"
         )
     return ["\n".join(lines)]
 
@@ -133,28 +136,3 @@ def _dark_lines(numbers: Mapping[str, Any]) -> list[str]:
 def _named(name: str, numbers: Mapping[str, Any]) -> str:
     role = numbers["roles"][name]
     return f"{role} {shorten(name)}" if role == "control" else shorten(name)
-
-
-def percent(share: Mapping[str, float]) -> str:
-    """A share with its interval, in percent."""
-    return _interval(share, "{:.1f}", 100, " %")
-
-
-def number(measure: Mapping[str, float], digits: int = 3) -> str:
-    """A number with its interval."""
-    return _interval(measure, f"{{:.{digits}f}}", 1, "")
-
-
-def signed(measure: Mapping[str, float], scale: float = 1, digits: int = 4) -> str:
-    """A difference with its interval; a zero has no sign of its own."""
-    return _interval(measure, f"{{:+.{digits}f}}", scale, "")
-
-
-def _interval(measure: Mapping[str, float], form: str, scale: float, unit: str) -> str:
-    if measure["value"] != measure["value"]:
-        return "–"
-    digits = int(form[form.index(".") + 1])
-    value, low, high = (
-        form.format(round(scale * measure[key], digits) + 0.0) for key in ("value", "low", "high")
-    )
-    return f"{value}{unit} [{low}, {high}]"

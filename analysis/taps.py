@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ensemble_kd.analysis.cka import MinibatchCKA, Moments, centred_gram
+from ensemble_kd.analysis.cka import SMALLEST_BATCH, MinibatchCKA, Moments, centred_gram
 from ensemble_kd.analysis.layers import (
     LOGITS,
     PENULTIMATE,
@@ -26,9 +26,9 @@ from ensemble_kd.analysis.layers import (
     reduce,
 )
 from ensemble_kd.classifier import Classifier
-from ensemble_kd.console import progress
+from ensemble_kd.console import log, progress
 from ensemble_kd.data.dataset import Images
-from ensemble_kd.errors import ModelError
+from ensemble_kd.errors import ConfigError, ModelError
 
 _PROBES = 3
 """Images that a network is shown to find its layers."""
@@ -84,7 +84,7 @@ class Tap:
         return hook
 
     def _keep(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._features = reduce(inputs[0], "gap").float().clone()
+        self._features = reduce(inputs[0], self.pool).float().clone()
 
     def __call__(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Gram matrices (B, B) of the L layers of raw images, and their penultimate features (B, D).
@@ -116,7 +116,11 @@ class Seen:
     """By model, in the order of execution; one model after another they are the layers of `moments`."""
     moments: Moments
     features: Mapping[str, Tensor]
-    """The penultimate features (N, D) by model, float32."""
+    """The penultimate features (N, D) by model, pooled as all layers, float32."""
+
+    def __len__(self) -> int:
+        """How many images were taken in."""
+        return len(next(iter(self.features.values())))
 
     def at(self, model: str, layer: str | None = None) -> np.ndarray:
         """Where a layer of the model stands in `moments`, or all of them."""
@@ -124,6 +128,12 @@ class Seen:
         start = sum(len(self.layers[name]) for name in names[: names.index(model)])
         places = start + np.arange(len(self.layers[model]))
         return places if layer is None else places[[list(self.layers[model]).index(layer)]]
+
+
+def taken(count: int, batch: int) -> int:
+    """How many of `count` images a pass takes in: a last batch under `SMALLEST_BATCH` is left out."""
+    rest = count % batch
+    return count - rest if rest < SMALLEST_BATCH and rest < count else count
 
 
 def look(
@@ -136,16 +146,17 @@ def look(
     """Show the images to all models, batch by batch in their order, in one pass.
 
     Networks are run in eval mode and left as they were. O(L · B²) memory beside what a batch takes in
-    the largest network, and the penultimate features.
+    the largest network, and the penultimate features. A last batch under `SMALLEST_BATCH` is left out.
 
     Args:
         patterns: of layer names, instead of the default layers; penultimate and logits are always taken.
         pool: see `layers.reduce`.
 
     Raises:
-        ConfigError: a pattern matches no layer of any model.
+        ConfigError: a pattern matches no layer of any model, or there are fewer than `SMALLEST_BATCH` images.
         ModelError: a network has no last layer, or does not run the same layers for all images.
     """
+    images = _enough(images, batch)
     probe = next(images.batches(_PROBES)).decoded
     anatomies = [examine(classifier, name, probe) for name, classifier in classifiers.items()]
     taps = [Tap(anatomy, layers, pool) for anatomy, layers in choose(anatomies, patterns)]
@@ -164,3 +175,19 @@ def look(
             advance(len(shown))
     labels = {tap.anatomy.label: tap.labels for tap in taps}
     return Seen(labels, sums.finish(), {name: torch.cat(parts) for name, parts in kept.items()})
+
+
+def _enough(images: Images, batch: int) -> Images:
+    count, kept = len(images), taken(len(images), batch)
+    if kept < SMALLEST_BATCH:
+        raise ConfigError(
+            f"{count} images are too few to compare layers on",
+            f"batches are of {SMALLEST_BATCH} or more",
+            "take more images",
+        )
+    if kept == count:
+        return images
+    log.warning(
+        f"{count - kept} of {count:,} images are left out: the last batch would be smaller than {SMALLEST_BATCH}"
+    )
+    return images[torch.arange(kept, device=images.ids.device)]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ensemble_kd import files
 from ensemble_kd.analysis.diversity import mutual_information, pair_diversity
+from ensemble_kd.analysis.intervals import interval
 from ensemble_kd.analysis.plots import draw_heat_maps
 from ensemble_kd.calibration import fit_temperature
 from ensemble_kd.config import resolve
@@ -35,6 +36,7 @@ from ensemble_kd.teachers.ensemble import Ensemble, Teacher
 from ensemble_kd.weighting import COMBINERS, inputs_of, uniform_weights
 
 FOLDS = 5
+_SHARE = (100, 2, " %")
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ class TeacherAnalysis:
             parts.append(_pair_table(numbers))
         oracle, best = numbers["oracle_accuracy"], numbers["best"]
         parts.append(
-            f"At least one teacher is right on {_percent(oracle)} of the images; "
-            f"the best alone, {best}, on {_percent(numbers['teachers'][best]['accuracy'])}.\n{numbers['advice']}"
+            f"At least one teacher is right on {interval(oracle, *_SHARE)} of the images; "
+            f"the best alone, {best}, on {interval(numbers['teachers'][best]['accuracy'], *_SHARE)}.\n{numbers['advice']}"
         )
         return "\n\n".join(parts)
 
@@ -278,7 +280,7 @@ def advice(without: dict[str, dict[str, Measure]]) -> str:
         )
     return (
         f"Keep all: leaving out none of them clearly lowers the validation NLL of their mean (closest is "
-        f"{name}: without it the NLL changes by {_signed(loss)}, 95 % for all {len(without)} together)."
+        f"{name}: without it the NLL changes by {interval(loss, sign='+')}, 95 % for all {len(without)} together)."
     )
 
 
@@ -291,13 +293,13 @@ def _teacher_table(numbers: dict[str, Any], title: str) -> str:
         rows.append(
             [
                 name + among,
-                _percent(row["accuracy"]),
+                interval(row["accuracy"], *_SHARE),
                 f"{row['nll']['value']:.4f}",
                 f"{row['ece']['value']:.4f}",
                 f"{row['temperature']:.2f}",
                 f"{row['calibrated_nll']['value']:.4f}",
                 f"{row['calibrated_ece']['value']:.4f}",
-                _signed(lost) if lost else "–",
+                interval(lost, sign="+") if lost else "–",
             ]
         )
     return text_table(headers, rows, title)
@@ -316,8 +318,8 @@ def _combiner_table(numbers: dict[str, Any]) -> str:
                 name,
                 f"{100 * row['accuracy']['value']:.2f} %",
                 f"{row['nll']['value']:.4f}",
-                _signed(points, 100, 2),
-                _signed(nll),
+                interval(points, 100, 2, sign="+"),
+                interval(nll, sign="+"),
             ]
         )
     pool = f"pool {numbers['pool']}, calibrated: {numbers['calibrate']}"
@@ -339,19 +341,6 @@ def _pair_table(numbers: dict[str, Any]) -> str:
         for pair in numbers["pairs"]
     ]
     return text_table(headers, rows, "Diversity")
-
-
-def _signed(measured: Measure, scale: float = 1, digits: int = 4) -> str:
-    """A difference with its interval; a zero has no sign of its own."""
-    value, low, high = (
-        f"{round(scale * measured[key], digits) + 0.0:+.{digits}f}" for key in ("value", "low", "high")
-    )
-    return f"{value} [{low}, {high}]"
-
-
-def _percent(measured: Measure) -> str:
-    value, low, high = (100 * measured[key] for key in ("value", "low", "high"))
-    return f"{value:.2f} % [{low:.1f}, {high:.1f}]"
 
 
 def _draw(numbers: dict[str, Any], path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ensemble_kd.analysis import intervals
 from ensemble_kd.results import ENSEMBLE, verdict
 
 Numbers = Mapping[str, Any]
@@ -64,6 +65,7 @@ def gain(numbers: Numbers) -> list[str]:
     metrics, teachers = numbers["metrics"], _teachers(numbers)
     differences = metrics["differences"]
     said = [verdict(differences)]
+    said += _twins(numbers)
     if len(teachers) == 1:
         said.append("There was one teacher, so nothing can be said of what several would gain.")
     elif "best-teacher" in differences:
@@ -81,6 +83,19 @@ def gain(numbers: Numbers) -> list[str]:
     accuracy = pair["accuracy_difference"]
     judged = judge(accuracy, "more accurate", "less accurate")
     return [*said, f"{size}; its accuracy beside the ensemble's: {points(accuracy)}, {judged}."]
+
+
+def _twins(numbers: Numbers) -> list[str]:
+    """Of each control that is the student bit for bit, that it is, and why: all their differences are 0."""
+    hashes = {name: row["sha256"] for name, row in numbers["manifest"]["networks"].items()}
+    same = [name for name in hashes if name != "student" and hashes[name] == hashes["student"]]
+    one = "there is one teacher" if len(_teachers(numbers)) == 1 else "all weight is with the best teacher"
+    reasons = {"best-teacher": one, "labels": "the teachers have no part in the student's loss"}
+    return [
+        f"The student {CONTROLS[name]} is this student bit for bit, as "
+        f"{reasons.get(name, 'both were taught the same')}, so nothing can differ between them."
+        for name in same
+    ]
 
 
 def ratio(times: float) -> str:
@@ -132,21 +147,26 @@ def inside(numbers: Numbers) -> list[str]:
     features = numbers["features"]
     if "left_out" in features:
         return [left_out("likeness of layers", features)]
-    teachers = _teachers(numbers)
+    teachers, idle = _teachers(numbers), features.get("idle", [])
     alike = {name: _pair(features, "student", name) for name in teachers}
     parts = [f"{interval(pair['matches'], 1, 3)} in {name}" for name, pair in alike.items() if pair]
-    said = [f"CKA of its layers with their best matches: {listed(parts)}."]
+    said = [f"CKA of its layers with their best matches (the best of many, so optimistic): {listed(parts)}."]
     name = _reference(features["gains"])
     if name is not None:
-        measures = {"matches": "best matches", "penultimate": "last layer but one", "logits": "logits"}
-        gained = features["gains"][name]["mean"]
-        judged = [
-            f"{what} {interval(gained[key], 1, 3, sign='+')}, {judge(gained[key], 'more alike', 'less alike')}"
-            for key, what in measures.items()
-        ]
         over = ", mean over the teachers" if len(teachers) > 1 else ""
-        said.append(f"CKA against a student {CONTROLS[name]}{over}: {'; '.join(judged)}.")
+        over += f" but {listed(idle)}, without weight in the ensemble" if idle else ""
+        gained = features["gains"][name]["mean"]
+        said.append(f"CKA against a student {CONTROLS[name]}{over}: {_gained(gained)}.")
     return [*said, *_unsaid(numbers)]
+
+
+def _gained(gained: Mapping[str, Numbers]) -> str:
+    measures = {"matches": "best matches", "penultimate": "last layer but one", "logits": "logits"}
+    return "; ".join(
+        f"{what} {interval(gained[key], 1, 3, sign='+')}, {judge(gained[key], 'more alike', 'less alike')}"
+        for key, what in measures.items()
+        if key in gained
+    )
 
 
 def confidence(numbers: Numbers) -> list[str]:
@@ -173,21 +193,36 @@ def confidence(numbers: Numbers) -> list[str]:
     return said
 
 
-def over_seeds(group: Numbers) -> str:
-    """Whether distilling helped, over runs that differ in their seed only.
+def over_seeds(group: Numbers) -> list[str]:
+    """Whether distilling helped, and what it did to likeness, over runs that differ in their seed only.
 
     Args:
-        group: `seeds`, and `differences` by control and measure with t intervals over seeds.
+        group: `seeds`; `differences` by control and measure, and `likeness` (see `seeds.groups`), with t
+            intervals over seeds.
     """
-    count = len(group["seeds"])
-    if "labels" not in group["differences"]:
-        return f"Over {count} seeds: {missing('labels')}"
-    accuracy = group["differences"]["labels"]["accuracy"]
-    judged = judge(accuracy, "distilling helped", "distilling hurt")
-    return (
-        f"Over {count} seeds: {judged}, {points(accuracy)} of accuracy against labels alone "
-        f"(95 % t interval over seeds)."
-    )
+    count, alike = len(group["seeds"]), group["likeness"]
+    if "labels" in group["differences"]:
+        accuracy = group["differences"]["labels"]["accuracy"]
+        judged = judge(accuracy, "distilling helped", "distilling hurt")
+        gain = f"{judged}, {points(accuracy)} of accuracy against labels alone (95 % t interval over seeds)."
+    else:
+        gain = missing("labels")
+    wheres = {"corruption": "of corrupted images", "planes": "of the points of planes between images"}
+    said = [
+        _like(where, alike[key]["models"]["student"], alike[key]["differences"])
+        for key, where in wheres.items()
+        if "left_out" not in alike[key]
+    ]
+    inner = {
+        key: alike[key]["differences"]
+        for key in ("matches", "penultimate", "logits")
+        if "left_out" not in alike[key]
+    }
+    name = _reference(next(iter(inner.values()), {}))
+    if name is not None:
+        gained = _gained({key: found[name] for key, found in inner.items()})
+        said.append(f"CKA against a student {CONTROLS[name]}, mean over the teachers: {gained}.")
+    return [f"Over {count} seeds: {line}" for line in (gain, *said)]
 
 
 def missing(control: str) -> str:
@@ -205,22 +240,15 @@ def listed(parts: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
 
 
+def interval(measure: Numbers, scale: float = 1, digits: int = 4, unit: str = "", sign: str = "") -> str:
+    """A number with its interval, or why there is none."""
+    unknown = f"(unknown: {measure.get('reason') or 'it is not defined'})"
+    return intervals.interval(measure, scale, digits, unit, sign, unknown)
+
+
 def points(measure: Numbers) -> str:
     """A difference of shares in percentage points, with its interval."""
     return interval(measure, 100, 2, " points", "+")
-
-
-def interval(measure: Numbers, scale: float = 1, digits: int = 4, unit: str = "", sign: str = "") -> str:
-    """A number with its interval; a sign on all of them where `sign` is `+`."""
-    if math.isnan(_number(measure["value"])):
-        return f"(unknown: {measure.get('reason') or 'it is not defined'})"
-    value, low, high = (
-        "?"
-        if math.isnan(_number(measure[key]))
-        else f"{round(scale * measure[key], digits) + 0.0:{sign}.{digits}f}"
-        for key in ("value", "low", "high")
-    )
-    return f"{value}{unit} [{low}, {high}]"
 
 
 def _number(value: float | None) -> float:

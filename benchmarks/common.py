@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import subprocess
@@ -11,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
+
+from ensemble_kd.analysis import intervals
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -42,10 +44,10 @@ def _processor() -> str:
 
 def t_interval(differences: np.ndarray) -> dict[str, float]:
     """Mean of paired differences over seeds with a 95 % t interval."""
-    count, mean = len(differences), float(differences.mean())
-    spread = differences.std(ddof=1) if count > 1 else np.nan
-    half = float(stats.t.ppf(0.975, max(count - 1, 1)) * spread / count**0.5)
-    return {"mean": mean, "low": mean - half, "high": mean + half}
+    if len(differences) == 1:  # which has no spread
+        return {"mean": float(differences[0]), "low": math.nan, "high": math.nan}
+    found = intervals.t_interval(differences)
+    return {"mean": found["value"], "low": found["low"], "high": found["high"]}
 
 
 def spread_cell(value: dict[str, Any], scale: float) -> str:

@@ -125,11 +125,15 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W), uint8 or float in [0, 1], of any size, to logits (B, classes)."""
-        x = self.card.preprocess.fitted(images)
-        x = torch.addcmul(self._shift.to(x.device), x, self._scale.to(x.device))
+        x = self.fitted(images)
         if x.device.type == "cuda":
             x = x.contiguous(memory_format=torch.channels_last)
         return self.net(x)
+
+    def fitted(self, images: Tensor) -> Tensor:
+        """What the network itself is given: (B, channels, *size), normalised."""
+        x = self.card.preprocess.fitted(images)
+        return torch.addcmul(self._shift.to(x.device), x, self._scale.to(x.device))
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -1,9 +1,10 @@
-"""Options from a file, then `--set`, then flags or arguments: merged, checked at once, written back."""
+"""Options from a file, `--set`, the environment, then flags or arguments: merged, checked at once, written back."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +13,9 @@ from pydantic import ValidationError
 
 from ensemble_kd.errors import ConfigError, Problem, listing, nearest, shortened
 from ensemble_kd.fields import Options
+from ensemble_kd.yamls import UNREADABLE, parse_value, read_table, read_yaml, why_unread
+
+__all__ = ["read_yaml", "resolve", "to_yaml"]
 
 M = TypeVar("M", bound=Options)
 
@@ -22,51 +26,151 @@ SHORT = {
     "teacher_epochs": "teacher_training.epochs",
 }
 """Short names of nested options, for flags and Python arguments."""
+VARIABLE = "EKD_"
+"""What the names of environment variables begin with: EKD_SEED, EKD_TRAINING__EPOCHS."""
 
 
 def resolve(
     model: type[M], given: Mapping[str, Any], *, file: Path | None = None, sets: Sequence[str] = ()
 ) -> M:
-    """The options from a YAML `file`, `--set` assignments, then `given`; later ones win.
+    """The options from a YAML `file`, `sets`, then `given`; later ones win.
+
+    Args:
+        sets: assignments such as `training.epochs=3`, whose values are YAML, or as an environment variable
+            has them, `EKD_TRAINING__EPOCHS=3`, whose values are texts as flags have them.
 
     Raises:
         ConfigError: with everything that is wrong, at once.
     """
-    values: dict[str, Any] = {}
-    problems: list[Problem] = []
-    for key, value in (read_yaml(file) if file else {}).items():
-        _assign(values, SHORT.get(key, key), value)
-    for assignment in sets:
-        key, equals, text = assignment.partition("=")
-        if not equals:
-            problems.append(Problem(f"--set {assignment} assigns nothing", "", "say --set a.b=value"))
-            continue
-        try:
-            value = yaml.load(text, Loader=_Values) if text.strip() else None  # noqa: S506
-        except _UNREADABLE as error:
-            what = f"--set {shortened(assignment)} cannot be read"
-            problems.append(Problem(what, _why_unread(error), "quote it"))
-            continue
-        _assign(values, SHORT.get(key.strip(), key.strip()), value)
-    for key, value in given.items():
-        if value is not None:
-            _assign(values, SHORT.get(key, key), value)
-    options, found = _validate(model, values)
-    if problems + found or options is None:
-        raise ConfigError(problems + found)
+    options, _ = resolved(model, given, file=file, sets=sets)
     return options
 
 
-def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, last = dotted.split(".")
-    for parent in parents:
-        inner = values.get(parent)
-        values[parent] = dict(inner) if isinstance(inner, Mapping) else {}
-        values = values[parent]
-    values[last] = value
+def values_of(text: str) -> list[Any]:
+    """`1,2,4`, or a list as in YAML, to values.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    parts = [text] if text.lstrip().startswith("[") else [part for part in text.split(",") if part.strip()]
+    try:
+        values = [parse_value(part) for part in parts]
+    except UNREADABLE as error:
+        raise ConfigError(f"{shortened(text)} cannot be read", why_unread(error), "quote it") from error
+    return values[0] if parts == [text] and isinstance(values[0], list) else values
 
 
-def _validate(model: type[M], values: dict[str, Any]) -> tuple[M | None, list[Problem]]:
+def resolved(
+    model: type[M], given: Mapping[str, Any], *, file: Path | None = None, sets: Sequence[str] = ()
+) -> tuple[M, Merged]:
+    """`resolve`, and where each value came from."""
+    merged = Merged(model)
+    if file:
+        merged.take_file(file)
+    for assignment in sets:
+        merged.take_assignment(assignment)
+    for key, value in given.items():
+        if value is not None:
+            merged.assign(SHORT.get(key, key), value, "flag")
+    options, found = _validate(model, merged)
+    if merged.problems + found or options is None:
+        raise ConfigError(merged.problems + found)
+    return options, merged
+
+
+@dataclass
+class Merged:
+    """Values from several places, the last of which counts."""
+
+    model: type[Options]
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    """By dotted name: the file, `--set`, the name of a variable, or `flag`."""
+    problems: list[Problem] = field(default_factory=list)
+
+    def take_file(self, path: Path) -> None:
+        """The table in a YAML file; an option that is there under two names is a problem."""
+        table, twice = read_table(path, "--config")
+        self.problems += twice
+        names: dict[str, str] = {}
+        for key, value in table.items():
+            for leaf, inner in self._leaves(SHORT.get(key, key), value):
+                if leaf in names and names[leaf] != key:
+                    what = f"{path}: {names[leaf]!r} and {key!r} both say {leaf}"
+                    self.problems.append(Problem(what, "one of them would be lost", "keep one of the two"))
+                names[leaf] = key
+                self.assign(leaf, inner, str(path))
+
+    def take_assignment(self, text: str) -> None:
+        """`a.b=value`, or an environment variable with its value."""
+        key, equals, value = text.partition("=")
+        key = key.strip()
+        if not equals:
+            self.problems.append(Problem(f"--set {text} assigns nothing", "", "say --set a.b=value"))
+        elif key.startswith(VARIABLE):
+            name = option_of(key)
+            self.assign(SHORT.get(name, name), value, key)
+        else:
+            try:
+                parsed = parse_value(value) if value.strip() else None
+            except UNREADABLE as error:
+                what = f"--set {shortened(text)} cannot be read"
+                self.problems.append(Problem(what, why_unread(error), "quote it"))
+                return
+            self.assign(SHORT.get(key, key), parsed, "--set")
+
+    def assign(self, dotted: str, value: Any, origin: str) -> None:
+        """Set an option, or each option of a table."""
+        for leaf, inner in self._leaves(dotted, value):
+            *parents, last = leaf.split(".")
+            table = self.values
+            for parent in parents:
+                below = table.get(parent)
+                table[parent] = dict(below) if isinstance(below, Mapping) else {}
+                table = table[parent]
+            table[last] = inner
+            for old in [name for name in self.origins if name.startswith(f"{leaf}.")]:
+                del self.origins[old]
+            self.origins[leaf] = origin
+
+    def origin(self, dotted: str) -> str:
+        """Where the value of an option came from."""
+        while dotted not in self.origins and "." in dotted:
+            dotted = dotted.rpartition(".")[0]
+        return self.origins.get(dotted, "default")
+
+    def _leaves(self, dotted: str, value: Any) -> Iterator[tuple[str, Any]]:
+        """The options that a value is for: itself, or those of the table that it is."""
+        if isinstance(value, Mapping) and table_at(self.model, dotted):
+            for key, inner in value.items():
+                yield from self._leaves(f"{dotted}.{key}", inner)
+        else:
+            yield dotted, value
+
+
+def option_of(variable: str) -> str:
+    """`EKD_TRAINING__EPOCHS` to `training.epochs`."""
+    return variable.removeprefix(VARIABLE).lower().replace("__", ".")
+
+
+def variable_of(option: str) -> str:
+    """`training.epochs` to `EKD_TRAINING__EPOCHS`."""
+    return VARIABLE + option.replace(".", "__").upper()
+
+
+def table_at(model: type[Options], dotted: str) -> type[Options] | None:
+    """The model of the table that an option is; None where it is a single value."""
+    inner: Any = model
+    for part in dotted.split("."):
+        known = inner.model_fields.get(part)
+        inner = known.annotation if known else None
+        if not (isinstance(inner, type) and issubclass(inner, Options)):
+            return None
+    return inner
+
+
+def _validate(model: type[M], merged: Merged) -> tuple[M | None, list[Problem]]:
+    values = merged.values
     try:
         options = model(**values)
         return options, [problem for _, problem in options.cross_checks()]
@@ -74,7 +178,7 @@ def _validate(model: type[M], values: dict[str, Any]) -> tuple[M | None, list[Pr
         problems, wrong = [], set()
         for detail in _told_once(error):
             wrong.add(str(detail["loc"][0]))
-            if (problem := _translate(model, detail)) not in problems:
+            if (problem := _translate(model, detail, merged)) not in problems:
                 problems.append(problem)
     # What is wrong is set aside, so that the fields that are right can be checked together.
     try:
@@ -93,12 +197,12 @@ def _told_once(error: ValidationError) -> list[Mapping[str, Any]]:
     return meant + [detail for detail in details if detail["loc"][0] not in explained]
 
 
-def _translate(model: type[Options], detail: Mapping[str, Any]) -> Problem:
+def _translate(model: type[Options], detail: Mapping[str, Any], merged: Merged) -> Problem:
     """A pydantic error as one of ours; branches of a union are told as one."""
     path = [str(part) for part in detail["loc"] if not _is_branch(part)]
     key, kind, value = ".".join(path), detail["type"], detail.get("input")
     if kind == "extra_forbidden":
-        known = _keys(model)
+        known = keys(model)
         return Problem(
             f"unknown option {key!r}",
             f"known are {listing(known, 40)}",
@@ -117,7 +221,9 @@ def _translate(model: type[Options], detail: Mapping[str, Any]) -> Problem:
         fix = nearest(str(value), expected) or "name one of these"
     if kind == "int_parsing" and (digits := _in_digits(value)):
         why, fix = f"it should be a whole number, and {value} is a text in YAML", f"write {digits}"
-    return Problem(f"{key}: {shown} cannot be used", why, fix or _mend(key, kind))
+    origin = merged.origin(key)
+    where = f" ({origin})" if origin.startswith(VARIABLE) else ""
+    return Problem(f"{key}: {shown} cannot be used{where}", why, fix or _mend(key, kind))
 
 
 _WHOLE = ("it should be a whole number", "write it in digits, such as 10")
@@ -159,120 +265,26 @@ def _mend(key: str, kind: str) -> str:
 
 def _is_branch(part: object) -> bool:
     return isinstance(part, str) and (
-        part.startswith(("dict[", "list[", "constrained", "function-")) or part == "float"
+        part.startswith(("dict[", "list[", "literal[", "constrained", "function-")) or part == "float"
     )
 
 
-def _keys(model: type[Options], prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in model.model_fields.items():
-        inner = field.annotation
-        keys.append(prefix + name)
-        if isinstance(inner, type) and issubclass(inner, Options):
-            keys += _keys(inner, f"{prefix}{name}.")
-    return keys
+def keys(model: type[Options], prefix: str = "") -> list[str]:
+    """The names of all options, those of tables with a dot."""
+    found = []
+    for name in model.model_fields:
+        found.append(prefix + name)
+        if inner := table_at(model, name):
+            found += keys(inner, f"{prefix}{name}.")
+    return found
 
 
-class _Plain:
-    """Refuses a key that is given twice or is no plain value, and aliases, which can stand for endless tables."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):  # type: ignore[attr-defined]
-            event = self.peek_event()  # type: ignore[attr-defined]
-            why = f"the alias *{event.anchor} stands there, and values are written out"
-            raise yaml.composer.ComposerError(None, None, why, event.start_mark)
-        return super().compose_node(parent, index)  # type: ignore[misc]
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[attr-defined]
-        for key in keys:
-            if isinstance(key, (list, dict)):
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is no key", node.start_mark)
-            if keys.count(key) > 1:
-                why = f"the key {key!r} stands there twice"
-                raise yaml.constructor.ConstructorError(None, None, why, node.start_mark)
-        return super().construct_mapping(node, deep)  # type: ignore[misc]
-
-
-class _Values(_Plain, yaml.SafeLoader):
-    """Numbers, true, false, null and texts; no tag in a file can make Python objects.
-
-    `no`, `010`, `1:30` and dates are texts, where YAML 1.1 has False, 8, 90 and dates. What PyYAML writes
-    without quotes is read as what it was.
-    """
-
-    yaml_implicit_resolvers = {}  # noqa: RUF012 (PyYAML's own attribute)
-
-
-_EXPONENT = r"([eE][-+][0-9]+)?"
-_SCALARS = {
-    "bool": ("true|True|TRUE|false|False|FALSE", "tTfF"),
-    "null": ("~|null|Null|NULL|", ("~", "n", "N", "")),
-    "int": ("[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)", "-+0123456789"),
-    "float": (
-        rf"[-+]?[0-9][0-9_]*\.[0-9_]*{_EXPONENT}|\.[0-9][0-9_]*{_EXPONENT}|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        "-+0123456789.",
-    ),
-}
-"""What is no text, and how it begins."""
-for _kind, (_form, _first) in _SCALARS.items():
-    _Values.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_form})$"), list(_first))
-
-
-class _Texts(_Plain, yaml.BaseLoader):
-    """Texts alone: `no` is a name, and so is `010`."""
-
-
-_UNREADABLE = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
-"""What PyYAML raises; all but the first for a value that its tag does not fit, and for endless brackets."""
-
-
-def _why_unread(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    if not isinstance(error, yaml.YAMLError):
-        return "it holds a value that cannot be read"
-    return getattr(error, "problem", None) or str(error).splitlines()[0]
-
-
-def read_yaml(path: Path, option: str = "--config") -> dict[str, Any]:
-    """The table of options in the YAML file that `option` names.
-
-    Raises:
-        ConfigError: the file is missing or no table.
-    """
-    return _read(path, option, _Values)
-
-
-def read_names(path: Path, option: str) -> dict[str, Any]:
-    """A table in a YAML file in which every key and value is a text, a list or a table of texts.
-
-    Raises:
-        ConfigError: the file is missing or no table.
-    """
-    return _read(path, option, _Texts)
-
-
-def _read(path: Path, option: str, loader: type[_Values] | type[_Texts]) -> dict[str, Any]:
-    try:
-        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)  # noqa: S506
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read {path}", str(error.strerror), f"check the path of {option}"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"cannot read {path}", "it is no text", f"check the path of {option}") from error
-    except _UNREADABLE as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"cannot read {path}{where}", _why_unread(error), "mend that line") from error
-    if not isinstance(loaded, dict):
-        raise ConfigError(
-            f"{path} holds no table",
-            "it should be a table of key: value lines",
-            f"write such lines, or check the path of {option}",
-        )
-    return {str(key): value for key, value in loaded.items()}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by dotted names."""
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        result |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return result
 
 
 def to_yaml(options: Options, **resolved: Any) -> str:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import resource
+import sys
+from pathlib import Path
+
 import torch
 
 from ensemble_kd import distributed
@@ -35,3 +39,24 @@ def choose_device(wanted: str = "auto") -> torch.device:
             "leave --device out, or say --device cpu",
         ) from error
     return device
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be had there without swapping, with what this process holds; None where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return None
+    found = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
+    return None if found is None else found + pages * resource.getpagesize()
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held there so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ensemble_kd import config, distributed, files
+from ensemble_kd import config, distributed, files, trackers
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.console import log
 from ensemble_kd.curves import draw_curves
+from ensemble_kd.errors import together
 from ensemble_kd.features import FeatureTerm, feature_width
 from ensemble_kd.fit import fit
 from ensemble_kd.interrupts import deferred
@@ -22,9 +23,10 @@ from ensemble_kd.losses import LOSSES
 from ensemble_kd.models import ModelName, parse
 from ensemble_kd.objective import Objective
 from ensemble_kd.results import compare
-from ensemble_kd.runs import OBJECTS, Run, Stopwatch, flat, surroundings
+from ensemble_kd.runs import OBJECTS, Run, Stopwatch, surroundings
 from ensemble_kd.schema import DistillOptions
 from ensemble_kd.setting import Objects, Setting, engine_of, prepare
+from ensemble_kd.shared import Shared
 from ensemble_kd.teachers.combination import best_alone, describe
 from ensemble_kd.teachers.ensemble import Ensemble, Teacher
 from ensemble_kd.teachers.library import recipe_of
@@ -80,25 +82,37 @@ def distill(
     if student is not None:
         given["student"] = student if isinstance(student, str) else student.card.model
     file = Path(config_file) if config_file else None
-    return _distill(config.resolve(DistillOptions, given, file=file, sets=sets), objects)
+    return distill_with(config.resolve(DistillOptions, given, file=file, sets=sets), objects)
 
 
-def go_on(run: Run) -> DistillResult:
+def go_on(run: Run, shared: Shared | None = None) -> DistillResult:
     """Finish a stopped run of `distill` whose folder is locked (see `resuming.resume`)."""
     with run.working():
         run.set_state("running")
-        run.must_match("configuration", flat(config.read_yaml(run.path("config.yaml"))))
+        run.must_match("configuration", config.flat(config.read_yaml(run.path("config.yaml"))))
         options = config.resolve(DistillOptions, {}, file=run.path("config.yaml"))
         watch = Stopwatch()
-        setting, names = prepare(options, Objects({}))
-        return _finish(run, setting, names, watch)
+        _, (setting, names) = together(
+            lambda: trackers.check(options.track),
+            lambda: prepare(options, Objects({}, shared=shared or Shared())),
+        )
+        return finish(run, setting, names, watch)
 
 
-def _distill(options: DistillOptions, objects: Objects) -> DistillResult:
+def distill_with(options: DistillOptions, objects: Objects) -> DistillResult:
+    """`distill` with options that were read, and with what is no text."""
     if distributed.restarted() and options.out and (options.out / "status.json").is_file() and not objects:
         return go_on(Run.open(options.out).locked())
     watch = Stopwatch()
-    setting, names = prepare(options, objects)
+    _, (setting, names) = together(lambda: trackers.check(options.track), lambda: prepare(options, objects))
+    run = new_run(setting, OBJECTS if objects else "distill")
+    with run.working():
+        return finish(run, setting, names, watch)
+
+
+def new_run(setting: Setting, verb: str = "distill") -> Run:
+    """The folder of a run, with its config.yaml; it is locked."""
+    options = setting.options
     resolved = config.to_yaml(
         options,
         augment=setting.viewing.policy,
@@ -115,23 +129,25 @@ def _distill(options: DistillOptions, objects: Objects) -> DistillResult:
         out=None,
         overwrite=False,
     )
-    verb = OBJECTS if objects else "distill"
     run = Run.create(verb, options.out, f"{options.data}-{options.student}", options.overwrite, resolved)
     log.info("run folder %s", run.folder)
-    with run.working():
-        return _finish(run, setting, names, watch)
+    return run
 
 
-def _finish(run: Run, setting: Setting, names: Sequence[ModelName | None], watch: Stopwatch) -> DistillResult:
+def finish(run: Run, setting: Setting, names: Sequence[ModelName | None], watch: Stopwatch) -> DistillResult:
     """Everything after the run folder is there: what it holds already is not done again."""
     data = {"fingerprint": setting.data.fingerprint(), "transfer": setting.transfer.digest}
     run.must_match("data", data | {"combiner": _code_of(setting.combination.name)})
     watch.lap("data")
-    judges = combined(teachers_of(names, setting), setting)
-    run.must_match("teachers", {teacher.label: teacher.fingerprint for teacher in judges.ensemble.teachers})
-    watch.lap("teachers")
-    networks = _train_networks(run, setting, judges, names, watch)
-    metrics = _conclude(run, setting, judges, networks, watch)
+    chosen = config.flat(config.read_yaml(run.path("config.yaml")))
+    with trackers.tracking(setting.options.track, run.folder, chosen):
+        judges = combined(teachers_of(names, setting), setting)
+        run.must_match(
+            "teachers", {teacher.label: teacher.fingerprint for teacher in judges.ensemble.teachers}
+        )
+        watch.lap("teachers")
+        networks = _train_networks(run, setting, judges, names, watch)
+        metrics = _conclude(run, setting, judges, networks, watch)
     return DistillResult(run.folder, metrics, networks["student"])
 
 
@@ -168,7 +184,8 @@ def _heaviest(ensemble: Ensemble) -> str:
     return ensemble.teachers[int(ensemble.weights.argmax())].label
 
 
-def _objective(name: str, network: Classifier, judges: Judges, setting: Setting) -> Objective:
+def objective_of(name: str, network: Classifier, judges: Judges, setting: Setting) -> Objective:
+    """What the student, or the control of that name, is trained towards."""
     options, viewing, alone = setting.options, setting.viewing, name == "labels"
     ensemble = judges.ensemble.for_measuring() if alone else judges.ensemble
     targets = judges.stored(ensemble, setting) if viewing.count else LiveTargets(ensemble)
@@ -214,7 +231,7 @@ def _train(name: str, judges: Judges, setting: Setting, run: Run) -> Classifier:
             setting.data.train if name == "labels" else setting.transfer,
             setting.data.val,
             setting.recipe,
-            _objective(name, network, judges, setting),
+            objective_of(name, network, judges, setting),
             setting.viewing,
             seed=setting.options.seed,
             device=setting.device,
@@ -248,7 +265,7 @@ def _conclude(
     watch.lap("test")
     unchanged = {teacher.label: teacher.check_unchanged() for teacher in ensemble.teachers}
     run.keep_predictions(logits, test.known_labels)
-    if distributed.first():
+    if distributed.first() and setting.shared.pictures:
         draw_curves(run.history(), run.path("curves.png"))
     watch.lap("pictures")
     report = describe(ensemble, setting.combination, judges.val_logits, setting.data.val)
@@ -266,6 +283,7 @@ def _conclude(
         "data": {
             "name": setting.data.name,
             "fingerprint": setting.data.fingerprint(),
+            "shape": list(setting.data.test.pixels.shape[1:]),
             "images": {s: len(getattr(setting.data, s)) for s in ("train", "val", "test")},
             "transfer": {"images": len(setting.transfer), "digest": setting.transfer.digest},
         },
@@ -286,6 +304,7 @@ def _conclude(
     }
     run.write_json("manifest.json", manifest)
     run.write_json("metrics.json", metrics)
+    trackers.log_results(metrics)
     return metrics
 
 

@@ -5,6 +5,7 @@ A reader sees the old file or the new one, never half of one.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -19,6 +20,8 @@ from typing import Any
 from ensemble_kd.errors import DiskError
 
 MANIFEST = "manifest.json"
+SUMS = "SHA256SUMS"
+_SEAL = "seal"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """The numbers of errors which say that a disk is full."""
 
@@ -51,20 +54,64 @@ def write_folder(path: Path, contents: Mapping[str, bytes]) -> None:
     """
     if path.exists():
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    _write_folder(path, {**contents, MANIFEST: to_json(_digests(contents)).encode()})
+
+
+def write_summed_folder(path: Path, contents: Mapping[str, bytes]) -> None:
+    """Write a folder of files with SHA256SUMS, atomically; one that is there is replaced as a whole.
+
+    Raises:
+        DiskError: it cannot be written; what was there before is there still.
+    """
+    path = Path(os.path.realpath(path))
+    for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    _write_folder(path, {**contents, SUMS: sums_of(_digests(contents)).encode()})
+
+
+def sums_of(digests: Mapping[str, str]) -> str:
+    """SHA256SUMS of files by name, as `sha256sum` writes and checks it."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+
+
+def _digests(contents: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+
+
+def _write_folder(path: Path, contents: Mapping[str, bytes]) -> None:
     temporary = _beside(path)
-    digests = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
     with _explained(path, sum(map(len, contents.values()))):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.mkdir()
-            for name, data in {**contents, MANIFEST: to_json(digests).encode()}.items():
+            for name, data in contents.items():
                 _put(temporary / name, data)
             _flush_names(temporary)
-            os.rename(temporary, path)
+            _move_folder(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         _flush_names(path.parent)
+
+
+def _move_folder(new: Path, path: Path) -> None:
+    """Give a folder its name; what had it before is exchanged with it in one step, and removed then."""
+    if not path.exists():
+        os.rename(new, path)
+        return
+    if not _exchange(new, path):  # no Linux, or a file system that cannot: for a moment there is nothing
+        old = _beside(path)
+        os.rename(path, old)
+        os.rename(new, path)
+        new = old
+    shutil.rmtree(new)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Let two folders have each other's name, in one step; says whether it can be done."""
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    call = getattr(ctypes.CDLL(None), "renameat2", None)
+    return call is not None and call(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0
 
 
 @contextmanager
@@ -148,6 +195,28 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON; NaN and infinity become null, so that any reader takes it."""
     write_text(path, to_json(value) + "\n")
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """`write_json`, with a hash of the whole table under the key `seal`, so that any change can be told."""
+    write_text(path, _sealed(value))
+
+
+def _sealed(value: Mapping[str, Any]) -> str:
+    plain = {key: item for key, item in value.items() if key != _SEAL}
+    return to_json({**plain, _SEAL: hashlib.sha256(to_json(plain).encode()).hexdigest()}) + "\n"
+
+
+def is_as_sealed(path: Path) -> bool | None:
+    """Whether a file is as `write_sealed` wrote it, byte for byte; None where it was never sealed.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is no table.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError("it is no table")
+    return path.read_bytes() == _sealed(value).encode() if _SEAL in value else None
 
 
 def to_json(value: Any) -> str:

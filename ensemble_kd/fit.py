@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ensemble_kd import distributed
+from ensemble_kd import distributed, trackers
 from ensemble_kd.checkpoints import Checkpoints
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.console import log, progress
@@ -65,10 +65,10 @@ def fit(
     """
     engine = engine or Engine()
     train, val = train.to(device), val.to(device)
-    _make_ready(model, train, recipe, seed)
-    steps_an_epoch = max(1, len(train) // recipe.batch_size)
+    make_ready(model, train, recipe, seed)
     tapped = FeatureTap(model, "the student") if objective.features else nullcontext()
-    shown = progress(description, recipe.epochs * steps_an_epoch)
+    steps = recipe.epochs * max(1, len(train) // recipe.batch_size)
+    shown = progress(description, steps, "images", min(recipe.batch_size, len(train)))
     with deferred() as stop, shown as advance, _own_random_state(device), tapped as tap:
         torch.manual_seed(distributed.own_seed(seed))  # dropout; everything else has its own hash
         loop = Loop(model, train, recipe, objective, viewing, seed, engine, advance, description)
@@ -79,7 +79,7 @@ def fit(
             if epoch == recipe.epochs - 1:
                 loop.stepper.take_average()
             weight = objective.weight(epoch, recipe.epochs)
-            validated = _validate(model, val, objective, weight)
+            validated = validate(model, val, objective, weight)
             if not math.isfinite(validated["loss"]):
                 raise _not_finite(description, epoch, recipe)
             row = {"epoch": epoch + 1, "step": (epoch + 1) * loop.steps, **passed, "val": validated}
@@ -95,7 +95,7 @@ def _own_random_state(device: torch.device) -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
-def _make_ready(model: Classifier, train: Images, recipe: Recipe, seed: int) -> None:
+def make_ready(model: Classifier, train: Images, recipe: Recipe, seed: int) -> None:
     """Move the model to where the images are, and give it the first weights of the recipe."""
     device = train.pixels.device
     model.to(device)
@@ -146,7 +146,8 @@ def train_on_labels(
     )
 
 
-def _validate(model: Classifier, val: Images, objective: Objective, soft_weight: float) -> dict[str, float]:
+def validate(model: Classifier, val: Images, objective: Objective, soft_weight: float) -> dict[str, float]:
+    """The measures of a row of the history on held-out images; leaves the model in eval mode."""
     model.eval()
     logits, labels, target = predict(model, val), val.labels, objective.val_target
     soft = target.soft if target is not None else None
@@ -163,6 +164,7 @@ def _tell(description: str, epochs: int, row: dict[str, Any], advance: Callable[
     shown = {"acc": "accuracy", "loss": "loss"}
     note = " ".join(f"{short} {val[name]:.3f}" for short, name in shown.items() if name in val)
     advance(0, note=note)
+    trackers.log_epoch(description, row)
     log.debug(
         "%s  epoch %d/%d  val %s  %.1f s  %d img/s",
         description,

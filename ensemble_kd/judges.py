@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from ensemble_kd.teachers.targets import StoredTargets
 
 OTHER_SEEDS = 1000
 """What is added to the teachers' seeds for the control `independent`."""
+_SHAPING = ("stem", "augment", "teacher_size", "class_map", "teacher_training", "train_teachers")
+"""Options that a teacher depends on, besides the data."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +79,14 @@ def of_other_seeds(names: Sequence[ModelName | None], setting: Setting) -> list[
 
 
 def _teacher(name: ModelName, setting: Setting, seed: int | None = None) -> Teacher:
-    seed = setting.options.teacher_seed if seed is None else seed
     options, device = setting.options, setting.device
+    seed = options.teacher_seed if seed is None else seed
     if options.shard_teachers and not can_be_trained(name, options.class_map.get(name.label)):
         device = torch.device("cpu")  # it may not fit on another
-    return _shared(teacher_of(name, options, setting.data, seed, device), setting)
+    shaping = [getattr(options, option) for option in _SHAPING]
+    make = partial(teacher_of, name, options, setting.data, seed, device)
+    teacher = setting.shared.once(make, "teacher", name, seed, device, options.load_arguments(), shaping)
+    return _shared(teacher, setting)
 
 
 def _shared(teacher: Teacher, setting: Setting) -> Teacher:
@@ -90,7 +96,8 @@ def _shared(teacher: Teacher, setting: Setting) -> Teacher:
 
 def combined(teachers: Sequence[Teacher], setting: Setting) -> Judges:
     """The teachers as an ensemble, with all that is fitted on the validation split."""
-    teachers = [replace(teacher, running=running_of(setting.options)) for teacher in teachers]
+    running = running_of(setting.options)
+    teachers = [replace(teacher, running=running) for teacher in teachers]
     val, options = setting.data.val, setting.options
     temperatures = torch.tensor([setting.temperatures[teacher.label] for teacher in teachers])
     logits = torch.stack([teacher.all_logits(val) for teacher in teachers])

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+Number = float | int | Tensor
+"""A tensor without dimensions where many students are trained at once."""
 UNLABELLED = -1
 """The label of a sample that has none: it counts in the soft loss alone."""
 
@@ -29,7 +31,7 @@ class Mixed(NamedTuple):
 
 
 def kl_to_target(
-    logits: Float[Tensor, "B C"], log_target: Float[Tensor, "B C"], temperature: float
+    logits: Float[Tensor, "B C"], log_target: Float[Tensor, "B C"], temperature: Number
 ) -> Float[Tensor, ""]:
     """T² · KL(target ‖ softmax(logits / T)), in nats.
 
@@ -47,16 +49,24 @@ def kl_to_target(
 
 
 def soft_cross_entropy(
-    logits: Float[Tensor, "B C"], log_target: Float[Tensor, "B C"], temperature: float = 1.0
+    logits: Float[Tensor, "B C"], log_target: Float[Tensor, "B C"], temperature: Number = 1.0
 ) -> Float[Tensor, ""]:
     """−T² · Σ p log softmax(logits / T): the gradient of `kl_to_target`, without the entropy term."""
-    scaled = _wide(logits) if temperature == 1 else _wide(logits) / temperature
+    plain = not isinstance(temperature, Tensor) and temperature == 1
+    scaled = _wide(logits) if plain else _wide(logits) / temperature
     log_q = F.log_softmax(scaled, dim=1)
     return (_wide(log_target).exp() * log_q).sum() * (-(temperature**2) / len(logits))
 
 
+def unscaled_kl(
+    logits: Float[Tensor, "B C"], log_target: Float[Tensor, "B C"], temperature: Number
+) -> Float[Tensor, ""]:
+    """KL(target ‖ softmax(logits / T)) without T²: its gradient shrinks as T grows."""
+    return kl_to_target(logits, log_target, temperature) / temperature**2
+
+
 def reverse_kl(
-    logits: Float[Tensor, "B C"], log_target: Float[Tensor, "B C"], temperature: float
+    logits: Float[Tensor, "B C"], log_target: Float[Tensor, "B C"], temperature: Number
 ) -> Float[Tensor, ""]:
     """T² · KL(softmax(logits / T) ‖ target), in nats; infinite where the target has a zero."""
     log_q = F.log_softmax(_wide(logits) / temperature, dim=1)
@@ -66,7 +76,7 @@ def reverse_kl(
 
 
 def jensen_shannon(
-    logits: Float[Tensor, "B C"], log_target: Float[Tensor, "B C"], temperature: float
+    logits: Float[Tensor, "B C"], log_target: Float[Tensor, "B C"], temperature: Number
 ) -> Float[Tensor, ""]:
     """T² · JS(target, softmax(logits / T)), JS ≤ log 2 nats."""
     log_q, log_p = F.log_softmax(_wide(logits) / temperature, dim=1), _wide(log_target)
@@ -77,7 +87,7 @@ def jensen_shannon(
 
 
 def logit_mse(
-    logits: Float[Tensor, "B C"], log_target: Float[Tensor, "B C"], temperature: float
+    logits: Float[Tensor, "B C"], log_target: Float[Tensor, "B C"], temperature: Number
 ) -> Float[Tensor, ""]:
     """Mean of (s − z)² over batch and classes, both centred over the classes; z the target's logits."""
     return (_centred(_wide(logits)) - _centred(temperature * _wide(log_target))).square().mean()
@@ -86,10 +96,10 @@ def logit_mse(
 def decoupled_kl(
     logits: Float[Tensor, "B C"],
     log_target: Float[Tensor, "B C"],
-    temperature: float,
+    temperature: Number,
     labels: Int[Tensor, " B"],
-    alpha: float = 1.0,
-    beta: float = 8.0,
+    alpha: Number = 1.0,
+    beta: Number = 8.0,
 ) -> Float[Tensor, ""]:
     """T² · (α · TCKD + β · NCKD), the two parts of KL (Zhao et al. 2022, DKD, equation 7).
 
@@ -117,9 +127,9 @@ def _cross(log_p: Tensor, log_q: Tensor) -> Tensor:
 def relations(
     logits: Float[Tensor, "B C"],
     log_target: Float[Tensor, "B C"],
-    temperature: float,
-    beta: float = 1.0,
-    gamma: float = 1.0,
+    temperature: Number,
+    beta: Number = 1.0,
+    gamma: Number = 1.0,
 ) -> Float[Tensor, ""]:
     """β · (1 − ρ over classes) + γ · (1 − ρ over the batch), ρ Pearson's (Huang et al. 2022, DIST)."""
     p, q = _wide(log_target).exp(), F.softmax(_wide(logits) / temperature, dim=1)
@@ -128,7 +138,7 @@ def relations(
 
 
 def standardised_kl(
-    logits: Float[Tensor, "B C"], log_target: Float[Tensor, "B C"], temperature: float
+    logits: Float[Tensor, "B C"], log_target: Float[Tensor, "B C"], temperature: Number
 ) -> Float[Tensor, ""]:
     """T² · KL of both sides' logits after z-scoring each sample's (Sun et al. 2024, logit standardisation)."""
     student, teacher = (_standardised(z) for z in (_wide(logits), temperature * _wide(log_target)))
@@ -136,7 +146,7 @@ def standardised_kl(
 
 
 def hard_target(
-    logits: Float[Tensor, "B C"], log_target: Float[Tensor, "B C"], temperature: float
+    logits: Float[Tensor, "B C"], log_target: Float[Tensor, "B C"], temperature: Number
 ) -> Float[Tensor, ""]:
     """Cross-entropy with the target's likeliest class at temperature 1 (Touvron et al. 2021, DeiT)."""
     return F.cross_entropy(_wide(logits), log_target.argmax(dim=1))
@@ -157,6 +167,7 @@ class SoftLoss:
 
 LOSSES: dict[str, SoftLoss] = {
     "kl": SoftLoss(kl_to_target),
+    "kl-unscaled": SoftLoss(unscaled_kl),
     "ce": SoftLoss(soft_cross_entropy),
     "reverse-kl": SoftLoss(reverse_kl, needs_all=True),
     "js": SoftLoss(jensen_shannon, needs_all=True),

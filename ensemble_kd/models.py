@@ -182,7 +182,8 @@ def find(pattern: str) -> list[ModelName]:
 
     library, _, part = pattern.rpartition(":")
     glob = part if any(c in part for c in "*?[") else f"*{part}*"
-    groups = {"own": list(STUDENTS), "timm": timm.list_models(), "tv": tv_names()}
+    # The project's own are registered with timm too, for exports.
+    groups = {"own": list(STUDENTS), "timm": timm.list_models(exclude_filters="ekd_*"), "tv": tv_names()}
     return [
         ModelName(name, group, name)
         for group, names in groups.items()

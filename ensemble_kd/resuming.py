@@ -21,6 +21,16 @@ def resume(folder: str | Path) -> DistillResult | TrainResult:
         RunError: the folder is no run, the run is finished or in use by another process, or its
             configuration, data or teachers changed; it says how.
     """
+    run = stopped(folder)
+    return (distillation if run.status()["verb"] == "distill" else training).go_on(run.locked())
+
+
+def stopped(folder: str | Path) -> Run:
+    """A run that can be gone on with.
+
+    Raises:
+        RunError: it is none.
+    """
     run = Run.open(Path(folder))
     verb = run.status()["verb"]
     if verb == OBJECTS:
@@ -35,4 +45,4 @@ def resume(folder: str | Path) -> DistillResult | TrainResult:
             "there is nothing left to do",
             f"look at it: ekd {'analyze-agreement' if verb == 'distill' else 'evaluate'} {folder}",
         )
-    return (distillation if verb == "distill" else training).go_on(run.locked())
+    return run

@@ -27,6 +27,7 @@ from torch import Tensor
 from ensemble_kd import __version__, distributed, files
 from ensemble_kd.checkpoints import Checkpoints
 from ensemble_kd.classifier import Classifier
+from ensemble_kd.config import flat
 from ensemble_kd.console import log, log_to_file
 from ensemble_kd.errors import RunError
 from ensemble_kd.locks import lock
@@ -37,22 +38,10 @@ RUNS = Path("runs")
 OBJECTS = "distill with objects"
 """The verb in the status of a run that was given Python objects, which no file can bring back."""
 _OVERWRITTEN = (
-    "history.jsonl",
-    "metrics.json",
-    "manifest.json",
-    "status.json",
-    "train.log",
-    "curves.png",
-    "student.safetensors",
-    "model.safetensors",
-    "predictions.safetensors",
-    "profile.json",
-    "trace.json",
-    "controls",
-    "checkpoints",
-    "analysis",
-    "report",
-)
+    "history.jsonl", "metrics.json", "manifest.json", "status.json", "train.log", "curves.png",
+    "student.safetensors", "model.safetensors", "predictions.safetensors", "profile.json", "trace.json",
+    "controls", "checkpoints", "analysis", "report", "export", "tracking",
+)  # fmt: skip
 """What a run writes; anything else in its folder is the user's."""
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors")
 
@@ -86,7 +75,7 @@ class Run:
             files.write_text(folder / "config.yaml", config)
             facts = {"configuration": flat(yaml.safe_load(config))}
             status = {"verb": verb, "state": "running", "networks": {}, "facts": facts}
-            files.write_json(run.path("status.json"), status)
+            run.write_json("status.json", status)
         except OSError as error:
             run.unlock()
             if error.errno in files.FULL:
@@ -170,9 +159,8 @@ class Run:
         Raises:
             RunError: there is none.
         """
-        finished = [
-            p for p in RUNS.glob("*/metrics.json") if (p.parent / "predictions.safetensors").is_file()
-        ]
+        named = RUNS.glob("*/predictions.safetensors")
+        finished = [path for p in named if (path := p.with_name("metrics.json")).is_file()]
         if not finished:
             raise RunError(
                 f"no finished run in {RUNS}/",
@@ -216,13 +204,17 @@ class Run:
         )
 
     def set_state(self, state: str) -> None:
-        """Note whether the run is running, stopped or finished."""
-        self.write_json("status.json", {**self.status(), "state": state})
+        """Note whether the run is running, stopped or finished; then also the SHA-256 of what it left."""
+        status = {**self.status(), "state": state}
+        if state == "finished" and distributed.first():
+            paths = [self.path(name) for name in ("config.yaml", *_OVERWRITTEN) if name != "status.json"]
+            status["files"] = {path.name: files.sha256_file(path) for path in paths if path.is_file()}
+        self.write_json("status.json", status)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a file of the run; of several processes the first does."""
         if distributed.first():
-            files.write_json(self.path(name), value)
+            (files.write_sealed if name == "status.json" else files.write_json)(self.path(name), value)
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -282,7 +274,7 @@ class Run:
         files.write_text(self.path("history.jsonl"), "".join(map(files.json_line, rows)))
         status = self.status()
         status["networks"][name] = {"file": file, "sha256": files.sha256_file(self.path(file))}
-        files.write_json(self.path("status.json"), status)
+        files.write_sealed(self.path("status.json"), status)
         Checkpoints(self.path("checkpoints") / name, {}).clear()
         distributed.wait()
 
@@ -355,14 +347,6 @@ def _new_folder(name: str) -> Path:
     base = RUNS / f"{readable}-{datetime.now():%Y%m%d-%H%M%S}"
     copies = (base.with_name(f"{base.name}-{number}") for number in itertools.count(2))
     return next(folder for folder in itertools.chain([base], copies) if not folder.exists())
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options by dotted names."""
-    result: dict[str, Any] = {}
-    for name, value in values.items():
-        result |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return result
 
 
 def network_file(name: str) -> str:

@@ -45,7 +45,7 @@ class Saving:
             state = kept.state
             self.history, self.epoch, self._done = state["history"], state["epoch"], state["done"]
             self._rate, self._spent = state["rate"], state["spent"]
-            loop.advance(state["steps"])
+            loop.advance(state["steps"], earlier=True)
             log.info("%s: goes on after step %d of epoch %d", loop.description, self._done, self.epoch + 1)
 
     def run(self, epoch: int) -> Pass:

@@ -30,6 +30,7 @@ from ensemble_kd.names import label_of
 
 AUGMENT = Literal["auto", "none", "crop", "crop-flip", "rrc", "trivial"]
 CONTROLS = ("labels", "best-teacher", "independent")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 RESERVED = {"student", "ensemble", *CONTROLS}
 
 
@@ -109,7 +110,15 @@ class RunOptions(NetworkOptions):
     compile: bool = Field(False, description="compile the trained network by torch.compile")
     cuda_graph: bool = Field(True, description="record training steps as a CUDA graph where that can be")
     profile: bool = Field(False, description="say where the time of a training step goes")
+    track: Names = Field(
+        [],
+        description="tensorboard, wandb, trackio, by commas or repeated: log there too, beside history.jsonl",
+    )
     overwrite: bool = Field(False, description="replace what is in the run folder")
+
+    def cross_checks(self) -> list[tuple[set[str], Problem]]:
+        """See `Options.cross_checks`."""
+        return [({"track"}, problem) for problem in _unknown("track", self.track, TRACKERS)]
 
 
 class TrainOptions(RunOptions):
@@ -256,7 +265,8 @@ class DistillOptions(CombineOptions, RunOptions):
         None, description="w in (1-w)*CE(labels) + w*soft loss; default 0.9 (1 without labels)"
     )
     loss: str = Field(
-        "kl", description="soft loss: kl, ce, reverse-kl, js, mse, dkd, dist, logit-std or hard"
+        "kl",
+        description="soft loss: kl, kl-unscaled, ce, reverse-kl, js, mse, dkd, dist, logit-std or hard",
     )
     loss_numbers: LossNumbers = LossNumbers()
     feature_weight: NotNegative = Field(0.0, description="of the loss between penultimate features")
@@ -295,11 +305,11 @@ class DistillOptions(CombineOptions, RunOptions):
     def cross_checks(self) -> list[tuple[set[str], Problem]]:
         """See `Options.cross_checks`."""
         labels = [label_of(name) for name in self.teachers]
-        found = super().cross_checks()
+        found = super().cross_checks() + RunOptions.cross_checks(self)
         names = list(self.temperature) if isinstance(self.temperature, dict) else []
         problems = _check_names("temperature", names, labels, ["student"])
         found += [({"temperature", "teachers"}, problem) for problem in problems]
-        found += [({"controls"}, problem) for problem in self._check_controls()]
+        found += [({"controls"}, problem) for problem in _unknown("controls", self.controls, CONTROLS)]
         fields = {"unlabelled", "unlabelled_only", "soft_weight", "soft_schedule"}
         found += [(fields, problem) for problem in self._check_unlabelled()]
         if self.soft_epochs is not None and self.soft_schedule not in ("cutoff", "warmup"):
@@ -310,17 +320,6 @@ class DistillOptions(CombineOptions, RunOptions):
             )
             found.append(({"soft_epochs", "soft_schedule"}, problem))
         return found
-
-    def _check_controls(self) -> list[Problem]:
-        return [
-            Problem(
-                f"controls: there is no {control!r}",
-                f"known are {', '.join(CONTROLS)} and none",
-                nearest(control, CONTROLS) or "name one of these",
-            )
-            for control in self.controls
-            if control not in CONTROLS
-        ]
 
     def _check_unlabelled(self) -> list[Problem]:
         if not self.unlabelled_only:
@@ -349,6 +348,18 @@ class DistillOptions(CombineOptions, RunOptions):
                 )
             )
         return problems
+
+
+def _unknown(option: str, names: Sequence[str], known: Sequence[str]) -> list[Problem]:
+    return [
+        Problem(
+            f"{option}: there is no {name!r}",
+            f"known are {', '.join(known)} and none",
+            nearest(name, known) or "name one of these",
+        )
+        for name in names
+        if name not in known
+    ]
 
 
 def _check_names(

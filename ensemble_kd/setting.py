@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -11,13 +11,23 @@ import torch
 from torch import Tensor
 
 from ensemble_kd import recipes
+from ensemble_kd.checking import (
+    check_classes_known,
+    check_combined,
+    check_controls,
+    check_label_free,
+    check_label_loss,
+    check_loss,
+    check_mix,
+    check_top_k,
+)
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.console import log
 from ensemble_kd.data import load_data
 from ensemble_kd.data.dataset import Dataset, Images, joined
 from ensemble_kd.data.unlabelled import load_unlabelled
 from ensemble_kd.device import choose_device
-from ensemble_kd.errors import ConfigError, nearest, together
+from ensemble_kd.errors import ConfigError, together
 from ensemble_kd.features import head_of
 from ensemble_kd.fresh import for_data, new_classifier
 from ensemble_kd.loop import Engine
@@ -26,11 +36,12 @@ from ensemble_kd.models import ModelName, parse
 from ensemble_kd.names import label_of
 from ensemble_kd.objective import Viewing
 from ensemble_kd.schema import CombineOptions, DistillOptions, RunOptions
+from ensemble_kd.shared import Shared
 from ensemble_kd.stepping import Recipe
 from ensemble_kd.teachers.class_map import ClassMap
-from ensemble_kd.teachers.combination import Combination, check_known, find_combiner, label_free, rehearse
+from ensemble_kd.teachers.combination import Combination, find_combiner
 from ensemble_kd.teachers.ensemble import Teacher
-from ensemble_kd.teachers.registry import can_be_trained, check_teacher, load_teacher
+from ensemble_kd.teachers.registry import check_teacher, load_teacher
 from ensemble_kd.teachers.runner import Running
 from ensemble_kd.teachers.sharding import check_processes
 from ensemble_kd.weighting import inputs_of
@@ -61,15 +72,17 @@ class Setting:
     """Of the teachers by label, and perhaps of the `student`."""
     given: dict[str, Teacher]
     """Teachers that were given as objects, by label."""
+    shared: Shared
 
 
 @dataclass(frozen=True)
 class Objects:
-    """What was given as Python objects instead of names."""
+    """What was given as Python objects instead of names, and what is shared with other runs."""
 
     teachers: dict[str, Teacher]
     student: Classifier | None = None
     combine: Callable[..., Tensor] | None = None
+    shared: Shared = field(default_factory=Shared)
 
     def __bool__(self) -> bool:
         return bool(self.teachers) or self.student is not None or self.combine is not None
@@ -78,16 +91,18 @@ class Objects:
 def prepare(options: DistillOptions, objects: Objects) -> tuple[Setting, list[ModelName | None]]:
     """Everything that can be wrong is tried before anything is trained or written, and told at once."""
     texts = [text for text in options.teachers if text not in objects.teachers]
-    student = objects.student
+    student, shared = objects.student, objects.shared
     *parsed, named_student, combination, device, data, _, _, _, _ = together(
         *(partial(parse, text) for text in texts),
         partial(parse, options.student) if student is None else lambda: None,
         partial(combination_of, options, objects.combine),
         partial(choose_device, options.device),
-        partial(load_data, **options.load_arguments()),
-        partial(_check_loss, options),
-        partial(_check_top_k, options),
-        partial(_check_mix, options),
+        partial(
+            shared.once, partial(load_data, **options.load_arguments()), "data", options.load_arguments()
+        ),
+        partial(check_loss, options),
+        partial(check_top_k, options),
+        partial(check_mix, options),
         partial(check_processes, options.shard_teachers),
     )
     by_text = dict(zip(texts, parsed, strict=True))
@@ -97,16 +112,19 @@ def prepare(options: DistillOptions, objects: Objects) -> tuple[Setting, list[Mo
         partial(load_unlabelled, options.unlabelled, data, options.decode)
         if options.unlabelled
         else lambda: None,
-        partial(_check_label_loss, options),
-        partial(_check_label_free, options, combination),
-        partial(_check_combined, options, combination),
-        partial(_check_controls, options, names),
+        partial(check_label_loss, options),
+        partial(check_label_free, options, combination),
+        partial(check_combined, options, combination),
+        partial(check_controls, options, names),
         partial(recipes.check_teacher_batch, options.teacher_training, len(data.train)),
-        *teacher_checks(options, parsed, data, features=options.feature_weight > 0),
+        *(
+            partial(shared.once, check, "check", options.load_arguments(), check.args[0], check.keywords)
+            for check in teacher_checks(options, parsed, data, features=options.feature_weight > 0)
+        ),
         partial(_student, options, named_student, student, data),
     )
-    _check_known(options, combination, dict(zip(texts, maps, strict=True)), adapted, data.classes)
-    data = data.to(device)
+    check_classes_known(options, combination, dict(zip(texts, maps, strict=True)), adapted, data.classes)
+    data = shared.once(partial(data.to, device), "data", options.load_arguments(), device)
     transfer = _transfer(options, data, unlabelled and unlabelled.to(device))
     recipe = recipes.student_recipe(start, len(transfer), options.training.model_dump())
     if options.soft_epochs is not None and options.soft_epochs > recipe.epochs:
@@ -118,7 +136,7 @@ def prepare(options: DistillOptions, objects: Objects) -> tuple[Setting, list[Mo
     viewing = _viewing(options, data, len(transfer), recipe)
     temperatures = _temperatures(options)
     setting = Setting(
-        options, data, transfer, device, start, recipe, viewing, combination, temperatures, adapted
+        options, data, transfer, device, start, recipe, viewing, combination, temperatures, adapted, shared
     )
     return setting, names
 
@@ -141,7 +159,7 @@ def combination_of(options: CombineOptions, function: Callable[..., Tensor] | No
 
 def teacher_checks(
     options: CombineOptions, names: Sequence[ModelName], data: Dataset, features: bool = False
-) -> list[Callable[[], ClassMap | None]]:
+) -> list[partial[ClassMap | None]]:
     """A check of each teacher that gives its class map, to be called together with others."""
     return [
         partial(
@@ -176,71 +194,6 @@ def teacher_of(
         class_map=options.class_map.get(name.label),
         engine=engine_of(options) if isinstance(options, RunOptions) else None,
     )
-
-
-def _check_loss(options: DistillOptions) -> None:
-    if options.loss not in LOSSES:
-        raise ConfigError(
-            f"loss: there is no {options.loss!r}",
-            f"known are {', '.join(LOSSES)}",
-            nearest(options.loss, LOSSES) or "name one of these",
-        )
-    known = LOSSES[options.loss].numbers
-    given = options.loss_numbers.model_dump(exclude_none=True)
-    if extra := [name for name in given if name not in known]:
-        raise ConfigError(
-            f"loss_numbers: {options.loss} has no {', '.join(extra)}",
-            f"it has {', '.join(known) or 'no numbers of its own'}",
-            "leave them out, or choose another loss",
-        )
-
-
-def _check_top_k(options: DistillOptions) -> None:
-    if options.top_k is None:
-        return
-    what = "top_k: the largest logits alone do not do"
-    if options.loss in LOSSES and LOSSES[options.loss].needs_all:
-        fitting = [name for name, loss in LOSSES.items() if not loss.needs_all]
-        raise ConfigError(
-            what,
-            f"the loss {options.loss} reads those of unlikely classes too",
-            f"leave --top-k out, or say --loss {', '.join(fitting[:-1])} or {fitting[-1]}",
-        )
-    if options.pool != "prob" or options.calibrate in ("pool", "both"):
-        raise ConfigError(
-            what,
-            "the pooled target would be tempered, or logits averaged, and the rest of them is not known",
-            "leave --top-k out, or say --pool prob --calibrate none or teachers",
-        )
-    if options.views == 0:
-        raise ConfigError(
-            "top_k: nothing is stored", "with --views 0 the teachers run live", "leave one of them out"
-        )
-
-
-def _check_mix(options: DistillOptions) -> None:
-    if options.mix != "none" and options.loss in LOSSES and LOSSES[options.loss].needs_labels:
-        raise ConfigError(
-            f"mix: {options.loss} needs one label an image",
-            "a mixed image has two",
-            "leave --mix out, or choose another loss",
-        )
-
-
-def _check_combined(options: DistillOptions, combination: Combination) -> None:
-    inputs = inputs_of(combination.weigh)
-    if options.mix != "none" and "labels" in inputs:
-        raise ConfigError(
-            f"combine: {combination.name} needs one label an image",
-            f"with --mix {options.mix} each has two",
-            f"choose one of {', '.join(label_free())}",
-        )
-    if options.top_k is not None and "temperatures" in inputs:
-        raise ConfigError(
-            f"combine: {combination.name} tempers logits itself",
-            "with --top-k the rest of them is not known at other temperatures",
-            "leave --top-k out, or choose another combiner",
-        )
 
 
 def _student(
@@ -283,64 +236,6 @@ def adapt(teachers: dict[str, Teacher], options: CombineOptions, data: Dataset) 
             head_of(teacher.classifier, label)
     found = together(*(partial(teacher.for_data, data) for teacher in teachers.values()))
     return dict(zip(teachers, found, strict=True))
-
-
-def _check_label_free(options: DistillOptions, combination: Combination) -> None:
-    if options.unlabelled is not None and "labels" in inputs_of(combination.weigh):
-        raise ConfigError(
-            f"combine: {combination.name} needs the label of every training image",
-            "the unlabelled ones have none",
-            f"choose one of {', '.join(label_free())}",
-        )
-
-
-def _check_label_loss(options: DistillOptions) -> None:
-    if options.unlabelled is not None and LOSSES[options.loss].needs_labels:
-        free = [name for name, loss in LOSSES.items() if not loss.needs_labels]
-        raise ConfigError(
-            f"loss: {options.loss} needs the label of every training image",
-            "the unlabelled ones have none",
-            f"choose one of {', '.join(free)}",
-        )
-
-
-def _check_known(
-    options: DistillOptions,
-    combination: Combination,
-    maps: dict[str, ClassMap | None],
-    given: dict[str, Teacher],
-    classes: Sequence[str],
-) -> None:
-    """Refuse what teachers that know some classes only cannot do, as far as their maps are known."""
-    labels = [label_of(text) for text in options.teachers]
-    found = [given[text].class_map if text in given else maps[text] for text in options.teachers]
-    everything = torch.ones(len(classes), dtype=torch.bool)
-    known = torch.stack([one.known if one else everything for one in found])
-    check_known(labels, known, combination, "best-teacher" in options.controls, classes)
-    partly = [label for label, mask in zip(labels, known, strict=True) if not bool(mask.all())]
-    if options.top_k is not None and partly:
-        raise ConfigError(
-            f"top_k: {', '.join(partly)} knows some of the classes only",
-            "the rest of its logits is spread over all classes, and would be cut away again",
-            "leave --top-k out, or that teacher",
-        )
-    rehearse(combination, known)
-
-
-def _check_controls(options: DistillOptions, names: Sequence[ModelName | None]) -> None:
-    if "independent" not in options.controls:
-        return
-    fixed = [
-        label_of(text)
-        for text, name in zip(options.teachers, names, strict=True)
-        if name is None or not can_be_trained(name, options.class_map.get(name.label))
-    ]
-    if fixed:
-        raise ConfigError(
-            f"controls: independent teachers cannot be made for {', '.join(fixed)}",
-            "they come with trained weights, so there is no other seed to train",
-            "leave that control out: --controls labels,best-teacher",
-        )
 
 
 def _transfer(options: DistillOptions, data: Dataset, unlabelled: Images | None) -> Images:

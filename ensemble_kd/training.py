@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ensemble_kd import config, distributed, files, recipes
+from ensemble_kd import config, distributed, files, recipes, trackers
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.console import log
 from ensemble_kd.curves import draw_curves
@@ -24,7 +24,7 @@ from ensemble_kd.inference import predict
 from ensemble_kd.interrupts import deferred
 from ensemble_kd.metrics import measure
 from ensemble_kd.models import parse
-from ensemble_kd.runs import Run, Stopwatch, flat, surroundings
+from ensemble_kd.runs import Run, Stopwatch, surroundings
 from ensemble_kd.schema import TrainOptions
 from ensemble_kd.setting import engine_of
 from ensemble_kd.teachers.library import history_of, recipe_of
@@ -64,7 +64,7 @@ def train(
     file = Path(config_file) if config_file else None
     chosen = config.resolve(TrainOptions, {**options, "model": model}, file=file, sets=sets)
     data = load_data(**chosen.load_arguments())
-    _check(chosen, data)
+    check_options(chosen, data)
     policy = data.augment if chosen.augment == "auto" else chosen.augment
     run = Run.create(
         "train",
@@ -78,7 +78,7 @@ def train(
         return _finish(run, chosen, data, policy)
 
 
-def _check(chosen: TrainOptions, data: Dataset) -> None:
+def check_options(chosen: TrainOptions, data: Dataset) -> None:
     """What can be wrong, as far as it can be told before anything is written."""
     name = parse(chosen.model)
     if chosen.role == "teacher" and not can_be_trained(name):
@@ -88,6 +88,7 @@ def _check(chosen: TrainOptions, data: Dataset) -> None:
             "name an architecture, or train on from the file with --role control",
         )
     together(
+        partial(trackers.check, chosen.track),
         partial(choose_device, chosen.device),
         partial(check_teacher, name, data, size=chosen.size, stem=chosen.stem, offline=chosen.offline),
         partial(recipes.check_batch, chosen.training.batch_size, len(data.train)),
@@ -98,16 +99,22 @@ def go_on(run: Run) -> TrainResult:
     """Finish a stopped run of `train` whose folder is locked (see `resuming.resume`)."""
     with run.working():
         run.set_state("running")
-        run.must_match("configuration", flat(config.read_yaml(run.path("config.yaml"))))
+        run.must_match("configuration", config.flat(config.read_yaml(run.path("config.yaml"))))
         chosen = config.resolve(TrainOptions, {}, file=run.path("config.yaml"))
         return _finish(run, chosen, load_data(**chosen.load_arguments()), chosen.augment)
 
 
 def _finish(run: Run, chosen: TrainOptions, data: Dataset, policy: str) -> TrainResult:
     """Everything after the run folder is there."""
-    watch, device, name = Stopwatch(), choose_device(chosen.device), parse(chosen.model)
+    watch = Stopwatch()
     run.must_match("data", {"fingerprint": data.fingerprint()})
     watch.lap("data")
+    with trackers.tracking(chosen.track, run.folder, config.flat(config.read_yaml(run.path("config.yaml")))):
+        return _tracked(run, chosen, data, policy, watch)
+
+
+def _tracked(run: Run, chosen: TrainOptions, data: Dataset, policy: str, watch: Stopwatch) -> TrainResult:
+    device, name = choose_device(chosen.device), parse(chosen.model)
     classifier, recipe = _train(run, chosen, data, device, policy)
     watch.lap("training")
     test = data.test.to(device)
@@ -122,7 +129,8 @@ def _finish(run: Run, chosen: TrainOptions, data: Dataset, policy: str) -> Train
     watch.lap("test")
     metrics = {"data": data.name, "split": "test", "n": len(test)}
     metrics |= {"models": {name.label: row}, "seconds": watch.seconds}
-    facts = {"seed": chosen.seed, "data": {"name": data.name, "fingerprint": data.fingerprint()}}
+    about = {"name": data.name, "fingerprint": data.fingerprint(), "shape": list(data.test.pixels.shape[1:])}
+    facts = {"seed": chosen.seed, "data": about}
     resolved = config.to_yaml(
         chosen, augment=policy, decode=data.decode, training=recipe, out=None, overwrite=False
     )
@@ -130,6 +138,7 @@ def _finish(run: Run, chosen: TrainOptions, data: Dataset, policy: str) -> Train
         files.write_text(run.path("config.yaml"), resolved)
     run.write_json("manifest.json", surroundings(device) | facts)
     run.write_json("metrics.json", metrics)
+    trackers.log_results(metrics)
     return TrainResult(run.folder, metrics, classifier)
 
 

@@ -29,13 +29,19 @@ _RUN_FILES = ("student.safetensors", "model.safetensors")
 
 def save_classifier(path: Path, classifier: Classifier) -> None:
     """Write the network's tensors and its card to one file: the same classifier gives the same bytes."""
+    # Through our own writer: safetensors' save_file ignores the umask and does not flush.
+    files.write_bytes(path, packed(classifier))
+
+
+def packed(classifier: Classifier, for_others: bool = False) -> bytes:
+    """The bytes of that file; `for_others` it says that it is of PyTorch, and has no card."""
     tensors = {
         name: tensor.detach().cpu().clone().contiguous()
         for name, tensor in classifier.net.state_dict().items()
     }
     card = json.dumps(classifier.card.to_json(), sort_keys=True, ensure_ascii=False)
-    # Through our own writer: safetensors' save_file ignores the umask and does not flush.
-    files.write_bytes(path, safetensors.torch.save(tensors, metadata={_METADATA: card}))
+    metadata = {"format": "pt"} if for_others else {_METADATA: card}
+    return safetensors.torch.save(tensors, metadata=metadata)
 
 
 def load_student(path: str | Path, device: str | torch.device = "cpu") -> Classifier:
@@ -148,8 +154,18 @@ def _bad_card(path: Path, card: Card, why: str) -> WeightsError:
 
 
 def has_card(path: Path) -> bool:
-    """Whether the file is a safetensors file that says which network it belongs to."""
-    return path.suffix == ".safetensors" and _METADATA in _metadata(path)
+    """Whether the file is a safetensors file that says which network it belongs to, or has an export do so."""
+    return path.suffix == ".safetensors" and (
+        _METADATA in _metadata(path) or _exported_card(path) is not None
+    )
+
+
+def _exported_card(path: Path) -> object:
+    """The card in the config.json of an exported folder, for its file of weights."""
+    try:
+        return files.read_json(path.with_name("config.json"))[_METADATA]["card"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _metadata(path: Path) -> dict[str, str]:
@@ -169,7 +185,8 @@ def read_card(path: Path) -> Card:
     """
     _check_file(path)
     metadata = {} if path.suffix in (".pth", ".pt", ".bin") else _metadata(path)
-    if _METADATA not in metadata:
+    exported = _exported_card(path) if _METADATA not in metadata else None
+    if _METADATA not in metadata and exported is None:
         architecture = _of_the_hub(path)
         beside = {None: "", "": ", and config.json beside it names no architecture"}
         raise WeightsError(
@@ -178,7 +195,7 @@ def read_card(path: Path) -> Card:
             f"name the architecture before it: {architecture or 'resnet18'}@{path}",
         )
     try:
-        return Card.from_json(json.loads(metadata[_METADATA]))
+        return Card.from_json(exported or json.loads(metadata[_METADATA]))  # type: ignore[arg-type]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, error) from error
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,13 +49,19 @@ def _open(ensemble: Ensemble, number: int, train: Images, viewing: Viewing, keep
     teacher, layout = ensemble.teachers[number], layout_of(ensemble, number, len(train), keeping)
     if not teacher.storable:
         return Store.open(None, layout)
-    facts = teacher.facts(train, keeping.data, viewing, teacher.running.dtype(train.ids.device))
-    if keeping.top_k is not None and teacher.class_map is not None:
-        facts["class map"] = teacher.class_map.groups
+    facts = facts_of(teacher, train, viewing, keeping)
     stale = explain_stale(facts, layout)
     if stale:
         log.info("%s", stale)
     return Store.open(facts, layout)
+
+
+def facts_of(teacher: Teacher, train: Images, viewing: Viewing, keeping: Keeping) -> dict[str, Any]:
+    """All that the kept outputs of a teacher depend on."""
+    facts = teacher.facts(train, keeping.data, viewing, teacher.running.dtype(train.ids.device))
+    if keeping.top_k is not None and teacher.class_map is not None:
+        facts["class map"] = teacher.class_map.groups
+    return facts
 
 
 def layout_of(ensemble: Ensemble, number: int, count: int, keeping: Keeping) -> Layout:
@@ -103,7 +110,7 @@ def build(stores: Sequence[Store], ensemble: Ensemble, train: Images, viewing: V
         total = sum(len(chunk) for missing in left.values() for chunk in _chunks(missing, _batch(train)))
         if total:
             _tell(stores, ensemble, train, viewing, list(left.values()))
-        with progress("teachers: storing targets", total) as advance:
+        with progress("teachers: storing targets", total, "images") as advance:
             for view_id, missing in left.items():
                 _build_view(stores, ensemble, train, viewing, view_id, missing, advance)
     distributed.wait()

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ensemble_kd.config import read_names
 from ensemble_kd.errors import ConfigError, ModelError, Problem, listing, nearest, shortened
 from ensemble_kd.imagenet import aliases
+from ensemble_kd.yamls import read_names
 
 NO_VOTE = -1e4
 """The logit of a class that a teacher does not know: no probability, and finite in any precision."""

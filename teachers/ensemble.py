@@ -236,7 +236,7 @@ class Teacher:
         # Its runner may have turned the weights to channels-last, which other sums, in their last bits, come from.
         if not self.sharded:
             self.classifier.to(images.ids.device).to(memory_format=torch.contiguous_format)
-        with progress(f"teacher {self.label}", len(images)) as advance, tapped as tap:
+        with progress(f"teacher {self.label}", len(images), "images") as advance, tapped as tap:
             for batch in images.batches(EVAL_BATCH * distributed.size()):
                 if tap:
                     blocks.append(predict_with_features(self.classifier, batch, tap))

@@ -64,7 +64,8 @@ def keep(classifier: Classifier, made_from: dict[str, Any], results: dict[str, A
         return folder
     save_classifier(folder / "model.safetensors", classifier)
     digest = files.sha256_file(folder / "model.safetensors")
-    files.write_json(folder / "teacher.json", {"sha256": digest, "made_from": made_from, "results": results})
+    facts = {"sha256": digest, "made_from": made_from, "results": results}
+    files.write_sealed(folder / "teacher.json", facts)
     distributed.wait()
     return folder
 

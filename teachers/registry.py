@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -198,11 +198,8 @@ def _kept_or_trained(
     engine: Engine | None,
 ) -> Teacher:
     """From the library, or trained now and kept; what it is made from is told from a sketch."""
-    sketch = new_classifier(
-        model, dataset, **{**options, "offline": options["offline"] or not train}, sketch=True
-    )
-    recipe = recipes.teacher_recipe(sketch, len(dataset.train), training)
-    made_from = _made_from(model, sketch, dataset, recipe, policy, options["seed"])
+    wanted = _wanted(model, dataset, options, policy, training, train)
+    sketch, recipe, made_from = wanted.sketch, wanted.recipe, wanted.made_from
     storable = model.library != "py"
     kept = _find(made_from, None if storable else model)
     if kept is not None:
@@ -221,6 +218,60 @@ def _kept_or_trained(
         classifier = sketch if sketch.pretrained else new_classifier(model, dataset, **options, scratch=True)
         folder = _train_and_keep(model.label, classifier, dataset, recipe, policy, device, made_from, engine)
     return Teacher.of(model.label, classifier, str(folder), storable)
+
+
+class Wanted(NamedTuple):
+    """A teacher that is in the library or would be trained: its form, how it is trained, what it is made from."""
+
+    sketch: Classifier
+    recipe: Recipe
+    made_from: dict[str, Any]
+
+
+def _wanted(
+    model: ModelName,
+    dataset: Dataset,
+    options: dict[str, Any],
+    policy: str,
+    training: Mapping[str, Any],
+    train: bool,
+) -> Wanted:
+    offline = options["offline"] or not train
+    sketch = new_classifier(model, dataset, **{**options, "offline": offline}, sketch=True)
+    recipe = recipes.teacher_recipe(sketch, len(dataset.train), training)
+    made_from = _made_from(model, sketch, dataset, recipe, policy, options["seed"])
+    return Wanted(sketch, recipe, made_from)
+
+
+def look_up(
+    model: ModelName,
+    data: Dataset,
+    *,
+    size: int | None,
+    stem: str,
+    seed: int,
+    augment: str | None,
+    training: Mapping[str, Any],
+    device: torch.device,
+) -> tuple[Teacher, Recipe | None]:
+    """The teacher as `load_teacher` would give it; one that would have to be trained is untrained, with its recipe.
+
+    Nothing is fetched, trained or written. For teachers that come without a class map and without weights.
+    """
+    seed = seed if model.seed is None else model.seed
+    options: dict[str, Any] = {"size": size, "stem": stem, "seed": seed, "offline": True}
+    wanted, storable = (
+        _wanted(model, data, options, augment or data.augment, training, True),
+        model.library != "py",
+    )
+    kept = _find(wanted.made_from, None if storable else model)
+    if kept is not None:
+        folder = str(library.folder_of(wanted.made_from))
+        return Teacher.of(model.label, kept.to(device), folder, storable), None
+    fresh = (
+        wanted.sketch if wanted.sketch.pretrained else new_classifier(model, data, **options, scratch=True)
+    )
+    return Teacher.of(model.label, fresh.to(device), "untrained", storable), wanted.recipe
 
 
 def _find(made_from: dict[str, Any], code: ModelName | None) -> Classifier | None:

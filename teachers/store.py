@@ -295,7 +295,7 @@ class Store:
             "views": self.views,
             "shards": {str(view): digests for view, digests in sorted(self._held.items())},
         }
-        files.write_json(self.folder / "store.json", value)
+        files.write_sealed(self.folder / "store.json", value)
 
     def _grow(self, views: int) -> None:
         """Make the files as long as `views` views, if there is room for what they lack."""

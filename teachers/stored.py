@@ -72,7 +72,7 @@ def verify_targets(keys: Sequence[str] = ()) -> list[dict[str, Any]]:
     Raises:
         ConfigError: no store has that key, or several.
     """
-    return [_verified(folder) for folder in _chosen(keys)]
+    return [verify_store(folder) for folder in _chosen(keys)]
 
 
 def prune_targets(
@@ -223,7 +223,8 @@ def _row(folder: Path) -> dict[str, Any]:
     }
 
 
-def _verified(folder: Path) -> dict[str, Any]:
+def verify_store(folder: Path) -> dict[str, Any]:
+    """The row of `verify_targets` for the store in a folder."""
     kept = read_kept(folder)
     if kept is None:
         return {"key": folder.name, "teacher": None, "data": None, "shards": 0, "damaged": ["store.json"]}

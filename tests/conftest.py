@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import jaxtyping
 import pytest
 import safetensors.torch
 import torch
+from filelock import FileLock
+from PIL import Image
 from torch import nn
 
 # Shapes in annotations are checked in the tests only; this must precede the first import of the modules.
@@ -39,9 +43,13 @@ jaxtyping.install_import_hook(
     "beartype.beartype",
 )
 
+from ensemble_kd import distillation, files, training  # noqa: E402
+from ensemble_kd.curves import draw_curves  # noqa: E402
 from ensemble_kd.data import load_data  # noqa: E402
 from ensemble_kd.data.dataset import Dataset  # noqa: E402
 from ensemble_kd.distillation import DistillResult, distill  # noqa: E402
+from ensemble_kd.runs import Run  # noqa: E402
+from ensemble_kd.weights import load_student  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -52,6 +60,31 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
     os.environ["TORCH_HOME"] = str(tmp_path_factory.mktemp("torch"))
     torch.set_num_threads(1)  # small networks gain nothing from more, and wait for each other beside others
+
+
+class Curves:
+    """In place of `draw_curves`, which takes most of the time of a small run: draws where it is asked to."""
+
+    def __init__(self) -> None:
+        buffer = io.BytesIO()
+        Image.new("RGB", (640, 48)).save(buffer, format="png")
+        self.empty, self.drawn = buffer.getvalue(), False
+
+    def __call__(self, history: Sequence[dict[str, Any]], path: Path) -> None:
+        if self.drawn:
+            draw_curves(history, path)
+        else:
+            files.write_bytes(path, self.empty)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def curves() -> Iterator[Curves]:
+    """No curves are drawn but in the run that tests share."""
+    stand_in = Curves()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (distillation, training):
+            patch.setattr(module, "draw_curves", stand_in)
+        yield stand_in
 
 
 @pytest.fixture(autouse=True)
@@ -90,17 +123,32 @@ def few_digits() -> Dataset:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, _own_cache: None) -> DistillResult:
-    """A small finished run with all controls; tests read it and leave it as it is."""
-    return distill(
-        ["lenet", "resnet8"],
-        "lenet",
-        controls="labels,best-teacher,independent",
-        epochs=4,
-        teacher_epochs=2,
-        limit_train=600,
-        out=tmp_path_factory.mktemp("runs") / "finished",
-    )
+def finished(tmp_path_factory: pytest.TempPathFactory, _own_cache: None, curves: Curves) -> DistillResult:
+    """A small finished run with all controls; tests read it and leave it as it is.
+
+    Of the processes that run tests together the first that needs it makes it.
+    """
+    root = tmp_path_factory.getbasetemp()
+    shared = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "shared"
+    with FileLock(f"{shared}.lock"):
+        if not (shared / "cache").is_dir():
+            shutil.rmtree(shared, ignore_errors=True)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("EKD_CACHE", str(shared / "making"))
+                patch.setattr(curves, "drawn", True)
+                distill(
+                    ["lenet", "resnet8"],
+                    "lenet",
+                    controls="labels,best-teacher,independent",
+                    epochs=4,
+                    teacher_epochs=2,
+                    limit_train=400,
+                    out=shared / "finished",
+                )
+            (shared / "making").rename(shared / "cache")
+    shutil.copytree(shared / "cache", os.environ["EKD_CACHE"], dirs_exist_ok=True)  # its teachers
+    folder = shared / "finished"
+    return DistillResult(folder, Run.open(folder).metrics(), load_student(folder))
 
 
 @pytest.fixture

@@ -1,12 +1,19 @@
 """What each of several processes does in test_distributed.py; the first writes what all of them found.
 
-torchrun --nproc-per-node N tests/distributed_work.py RESULT.json CHECKPOINTS
+    python tests/distributed_work.py FOLDER 1,2,3
+
+writes FOLDER/1.json and so on. The processes are forked with the environment that torchrun gives, as each would
+otherwise spend most of its time in importing torch.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +87,8 @@ def batch_norm_apart() -> float:
     return max(float((one - other).abs().max()) for one, other in zip(*outcomes, strict=True))
 
 
-def seen_ids(data: Dataset) -> list[list[int]]:
-    """The images of each step of a training, in the order of the whole batch."""
+def noted(data: Dataset) -> tuple[Classifier, list[dict[str, Any]], list[list[int]]]:
+    """A training, and the images of each of its steps in the order of the whole batch."""
     steps, original = [], Loop._step
 
     def noting(loop: Loop, batch: Any, index: Any, epoch: int) -> None:
@@ -90,10 +97,9 @@ def seen_ids(data: Dataset) -> list[list[int]]:
 
     Loop._step = noting  # type: ignore[method-assign]
     try:
-        train(data, norm=False)
+        return *train(data, norm=False), steps
     finally:
         Loop._step = original  # type: ignore[method-assign]
-    return steps
 
 
 class Interrupted(Exception):
@@ -138,8 +144,7 @@ def one_bad_loss(data: Dataset) -> str:
     return "no error"
 
 
-def main() -> None:
-    result, folder = Path(sys.argv[1]), Path(sys.argv[2])
+def work(result: Path, folder: Path) -> None:
     torch.set_num_threads(1)
     data = load_data("digits", limit_train=200)
     with distributed.joined("cpu"):
@@ -149,11 +154,11 @@ def main() -> None:
         if (step := first_step or 0) < 20:
             stopped_at(data, kept, step + 10)
         resumed = train(data, False, kept)[1] if step else []
-        model, history = train(data, norm=False)
+        model, history, steps = noted(data)
         found = {
             "size": distributed.size(),
             "batch_norm": batch_norm_apart(),
-            "ids": seen_ids(data),
+            "ids": steps,
             "history": history,
             "with_norm": train(data, norm=True)[1],
             "went_on_from": first_step,
@@ -164,6 +169,44 @@ def main() -> None:
         }
         if distributed.first():
             result.write_text(json.dumps(found))
+
+
+def forked(rank: int, count: int, port: int, folder: Path) -> int:
+    """One of `count` processes; its number, to the parent."""
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "EKD_CACHE": str(folder / f"cache-{count}"),
+        }  # fmt: skip
+        work(folder / f"{count}.json", folder / "checkpoints")
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)  # what the parent would clean up is its own
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    for count in map(int, sys.argv[2].split(",")):
+        port = free_port()
+        pids = [forked(rank, count, port, folder) for rank in range(count)]
+        while pids:
+            pid, status = os.wait()
+            pids.remove(pid)
+            if status:  # the others would wait for it
+                for other in pids:
+                    os.kill(other, signal.SIGKILL)
+                sys.exit(f"one of {count} processes failed")
 
 
 if __name__ == "__main__":

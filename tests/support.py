@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -41,3 +42,24 @@ def logged() -> Iterator[list[str]]:
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
+
+
+def unexplained(value: Any, path: str = "", above: bool = False) -> list[str]:
+    """Where in numbers read from JSON a null stands without a reason.
+
+    A null needs a `reason` in the object that it stands in; in a list, an object around it must name its
+    layers or classes without numbers, with reasons, as `undefined`.
+    """
+    if value is None:
+        return [path]
+    if isinstance(value, dict):
+        above = above or bool(value.get("undefined"))
+        if isinstance(value.get("reason"), str) and value["reason"]:
+            value = {key: own for key, own in value.items() if own is not None}
+        found = [unexplained(own, f"{path}.{key}", above) for key, own in value.items()]
+    elif isinstance(value, list):
+        kept = [own for own in value if own is not None or not above]
+        found = [unexplained(own, f"{path}[]", above) for own in kept]
+    else:
+        found = []
+    return [place for places in found for place in places]

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy
@@ -36,11 +37,12 @@ from ensemble_kd.analysis.agreement import (
 )
 from ensemble_kd.analysis.corruptions import STRENGTHS, corrupted
 from ensemble_kd.analysis.diversity import pair_diversity
-from ensemble_kd.analysis.fidelity import Compared, fidelity
+from ensemble_kd.analysis.fidelity import Compared, by_class, fidelity
 from ensemble_kd.analysis.options import AgreementOptions
 from ensemble_kd.analysis.pairs import CELLS, compare_pair, divergences, matrix, mcnemar
 from ensemble_kd.analysis.plots import draw_heat_maps
 from ensemble_kd.analysis.plots_agreement import draw_agreement
+from ensemble_kd.analysis.plots_classes import draw_classes
 from ensemble_kd.analysis.subjects import Subjects, subjects_of
 from ensemble_kd.cli import app
 from ensemble_kd.data.dataset import Dataset
@@ -50,7 +52,7 @@ from ensemble_kd.runs import OBJECTS
 from ensemble_kd.tables import text_table
 from ensemble_kd.teachers.class_map import NO_VOTE
 
-PICTURES = ["heat_maps", "cells", "diversity", "corruption", "dark"]
+PICTURES = ["heat_maps", "cells", "diversity", "corruption", "classes", "dark"]
 Answers = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -455,10 +457,73 @@ def test_every_picture_can_be_opened_and_is_told_in_words(analyzed: Agreement) -
             assert len(picture.convert("RGB").getcolors(maxcolors=1 << 24) or ()) > 50
 
 
+@pytest.fixture
+def unlaid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are made but not laid out and written, for tests of what is said of them."""
+    monkeypatch.setattr(Figure, "savefig", lambda *given, **options: None)
+
+
+@pytest.mark.usefixtures("unlaid")
 def test_what_is_left_out_has_no_picture(analyzed: Agreement, tmp_path: Path) -> None:
     numbers = {**analyzed.numbers, "corruption": {"left_out": "as it was"}}
     numbers["dark"] = {**numbers["dark"], "words": []}
+    numbers["by_class"] = [{**row, "n": 0} for row in numbers["by_class"]]
     assert list(draw_agreement(numbers, tmp_path)) == ["heat_maps", "cells", "diversity"]
+
+
+@pytest.mark.usefixtures("unlaid")
+def test_what_is_not_defined_is_unknown_in_words(analyzed: Agreement, tmp_path: Path) -> None:
+    none = {"value": np.nan, "low": np.nan, "high": np.nan, "reason": "0/0"}
+    numbers = {**analyzed.numbers, "corruption": {"left_out": "as it was"}}
+    numbers["pairs"] = [{**pair, "error_consistency": none} for pair in numbers["pairs"]]
+    numbers["dark"] = {**numbers["dark"], "correlation": dict.fromkeys(numbers["dark"]["correlation"], none)}
+    alts = {key: about["alt"] for key, about in draw_agreement(numbers, tmp_path).items()}
+    assert alts["heat_maps"].endswith("with an error consistency of unknown (0/0).")
+    assert alts["dark"].endswith("The rank correlation of both is unknown (0/0).")
+    assert not any("nan" in alt for alt in alts.values())
+
+
+# Class by class
+
+
+def class_numbers(count: int, empty: tuple[int, ...] = (), **roles: str) -> dict[str, Any]:
+    """What agreement.json holds of `count` classes, for models with random answers."""
+    generator = np.random.default_rng(0)
+    labels = np.array([c for c in range(count) if c not in empty for _ in range(20)])
+    roles = roles or {
+        "student": "student", "labels": "control", "independent": "control", "a": "teacher", "ensemble": "ensemble",
+    }  # fmt: skip
+    answers = {
+        name: np.where(
+            generator.random(len(labels)) < 0.8, labels, generator.integers(count, size=len(labels))
+        )
+        for name in roles
+    }
+    compared = Compared.of(roles)
+    names = [f"class {number}" for number in range(count)]
+    return {"reference": compared.reference, "by_class": by_class(answers, labels, names, compared)}
+
+
+@pytest.mark.parametrize(("count", "rows", "height"), [(3, 3, 200), (10, 10, 450), (130, 100, 2000)])
+def test_classes_are_drawn_one_a_row(tmp_path: Path, count: int, rows: int, height: int) -> None:
+    numbers = class_numbers(count, empty=(1,) if count == 3 else ())
+    rows -= count == 3  # a class without images has no row
+    about = draw_classes(numbers, tmp_path / "classes.png")
+    assert open_picture(tmp_path / about["file"])[1] > height
+    assert about["alt"].startswith(f"A row for each of {rows} classes,")
+    assert "for the accuracy of student and independent," in about["alt"]
+    shares = {row["class"]: row["agreement"]["student"]["value"] for row in numbers["by_class"] if row["n"]}
+    least = min(shares.values())
+    assert f"lowest agreement is {100 * least:.0f} %, on " in about["alt"]
+    order = ", those first on which student agrees least: 100 of 130 classes" if count == 130 else ""
+    assert about["title"] == f"Class by class, with Wilson's intervals of 95 %{order}"
+
+
+def test_of_models_the_first_two_are_drawn_class_by_class(tmp_path: Path) -> None:
+    about = draw_classes(class_numbers(4, a="model", b="model", c="model"), tmp_path / "classes.png")
+    assert "for the accuracy of b and c, and for how often each gives the answer of a." in about["alt"]
+    about = draw_classes(class_numbers(4, a="model", b="model"), tmp_path / "classes.png")
+    assert "for the accuracy of b, and for how often each gives the answer of a." in about["alt"]
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -690,7 +755,7 @@ def open_picture(path: Path) -> tuple[int, int]:
         return picture.size
 
 
-@pytest.mark.parametrize("count", [1, 2, 7])
+@pytest.mark.parametrize("count", [1, 7])
 def test_names_stand_in_a_picture_as_they_are(tmp_path: Path, count: int) -> None:
     names = NAMES[:count]
     draw_heat_maps({"$a$": np.eye(count), "b": np.eye(count)}, names, tmp_path / "x.png")

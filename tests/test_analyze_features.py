@@ -15,26 +15,31 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from support import logged, refused
+from support import logged, refused, unexplained
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
 from typer.testing import CliRunner
 
+from ensemble_kd.analysis import features as features_module
 from ensemble_kd.analysis.cka import centred_gram, debiased_cka, u_centred
 from ensemble_kd.analysis.features import FeatureAnalysis, analyze_features, compare, features_of
 from ensemble_kd.analysis.layers import examine, reduce
 from ensemble_kd.analysis.options import FeaturesOptions
 from ensemble_kd.analysis.plots_features import draw_features
+from ensemble_kd.analysis.similarity import procrustes
 from ensemble_kd.analysis.subjects import Subjects
-from ensemble_kd.analysis.taps import Seen, look
+from ensemble_kd.analysis.taps import Seen, look, taken
 from ensemble_kd.classifier import Card, Classifier, Preprocess
 from ensemble_kd.cli import app
 from ensemble_kd.data.dataset import Dataset, Images
 from ensemble_kd.distillation import DistillResult
 from ensemble_kd.errors import ConfigError, ModelError
+from ensemble_kd.files import to_json
 from ensemble_kd.students import STUDENTS
+from ensemble_kd.teachers.ensemble import Ensemble, Teacher
+from ensemble_kd.weighting import entropy_weights
 
 CLASSES = tuple("0123456789")
 
@@ -202,7 +207,7 @@ def test_an_in_place_activation_changes_nothing_of_the_layer_before_it() -> None
     assert expected < 0.97
 
 
-@pytest.mark.parametrize("count", [48, 57])
+@pytest.mark.parametrize("count", [48, 65])
 def test_a_model_and_its_copy_are_the_same(count: int) -> None:
     net = Small()
     copy = Small()
@@ -303,7 +308,91 @@ def test_the_pool_is_that_of_all_layers() -> None:
         assert cka_of(seen, ("net", "conv1"), ("net", "relu@1")) == pytest.approx(expected, abs=1e-5)
 
 
+class Maps(nn.Module):
+    """A network whose last layer is a convolution over a map, as SqueezeNet's is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 6, 5), nn.Conv2d(6, 10, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.conv(x))).mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize(("pool", "width"), [("flatten", 6 * 12 * 12), ("gap", 6), ("cls", 6)])
+def test_the_pool_is_that_of_the_penultimate_layer(pool: str, width: int) -> None:
+    net, images = Maps().eval(), some_images()
+    seen = look({"net": classifier(net)}, images, ["conv"], pool)
+    with torch.no_grad():
+        maps, logits = F.relu(net.conv(images.decoded / 255)), net(images.decoded / 255)
+    expected = maps.flatten(1) if pool == "flatten" else maps.mean(dim=(2, 3))
+    assert seen.features["net"].shape == (48, width)
+    torch.testing.assert_close(seen.features["net"], expected)
+    found = cka_of(seen, ("net", "penultimate"), ("net", "logits"))
+    assert found == pytest.approx(debiased_cka(expected, logits), abs=1e-5)
+
+
+@pytest.mark.parametrize("count", [3, 15])
+def test_a_pass_over_too_few_images_is_refused(count: int) -> None:
+    with refused(
+        ConfigError,
+        f"{count} images are too few to compare layers on",
+        "batches are of 16 or more",
+        "take more images",
+    ):
+        look({"net": classifier(Small())}, some_images(count))
+
+
+@pytest.mark.parametrize(("count", "batch", "kept"), [(48, 24, 48), (51, 24, 48), (64, 24, 64), (20, 64, 20)])
+def test_a_last_batch_that_is_too_small_is_left_out_of_the_pass(count: int, batch: int, kept: int) -> None:
+    with logged() as lines:
+        seen = look({"net": classifier(Small())}, some_images(count), batch=batch)
+    assert (taken(count, batch), len(seen), seen.moments.sizes.sum()) == (kept, kept, kept)
+    assert bool(lines) == (kept < count)
+
+
 # The numbers of a pair
+
+
+def test_procrustes_of_wide_layers_is_of_fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features_module, "MOST_ROTATED", 7)
+    nets = {"a": classifier(Small()), "b": classifier(Small())}
+    seen = look(nets, some_images())
+    numbers = compare(seen, {"a": "model", "b": "model"}, neighbours=5, seed=0)
+    assert numbers["procrustes"] == {
+        "images": 7,
+        "reason": "one network has 8 penultimate features, and time grows with the cube of both; neighbours are of all 48 images",
+    }
+    a, b = (seen.features[name][:7] for name in nets)
+    assert numbers["pairs"][0]["procrustes"]["value"] == pytest.approx(procrustes(a, b), abs=1e-12)
+    monkeypatch.setattr(features_module, "MOST_ROTATED", 8)
+    assert compare(seen, {"a": "model", "b": "model"}, 5, 0)["procrustes"] == {"images": 48}
+
+
+def test_teachers_without_weight_are_in_no_mean() -> None:
+    nets = {name: classifier(Small()) for name in ("student", "labels", "a", "b", "c")}
+    roles = {"student": "student", "labels": "control", "a": "teacher", "b": "teacher", "c": "teacher"}
+    numbers = compare(look(nets, some_images()), roles, 5, 0, idle=["b"])
+    assert numbers["idle"] == ["b"]
+    found = numbers["gains"]["labels"]
+    assert list(found["teachers"]) == ["a", "b", "c"]
+    for key, own in found["mean"].items():
+        values = [found["teachers"][name][key]["value"] for name in ("a", "c")]
+        assert own["value"] == pytest.approx(np.mean(values), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("weights", "varies", "idle"),
+    [((0.0, 1.0), False, ["a"]), ((0.5, 0.5), False, []), ((0.0, 1.0), True, [])],
+)
+def test_who_has_no_weight(
+    weights: tuple[float, float], varies: bool, idle: list[str], digits: Dataset
+) -> None:
+    taught = [Teacher.of(name, classifier(linear(), 8, 1), "here") for name in ("a", "b")]
+    ensemble = Ensemble(
+        taught, torch.tensor(weights), torch.ones(2), weigh=entropy_weights if varies else None
+    )
+    assert Subjects("mine", Path(), digits, {}, ensemble).idle == idle
 
 
 def test_what_does_not_vary_has_a_reason(tmp_path: Path) -> None:
@@ -325,10 +414,16 @@ def test_what_does_not_vary_has_a_reason(tmp_path: Path) -> None:
     assert student_a["penultimate"]["reason"] == f"penultimate of a has none: {same}"
     assert student_a["mutual_knn"]["reason"] == f"penultimate of a has none: {same}"
     assert student_b["logits"]["reason"] == f"logits of b has none: {infinite}"
-    assert np.isnan([student_a["procrustes"], student_c["procrustes"], student_c["procrustes_chance"]]).all()
-    assert student_a["best"]["second"][-1] == pytest.approx(
-        {"layer": "logits", "match": None, "cka": np.nan}, nan_ok=True
+    assert student_c["procrustes"] == pytest.approx(
+        {"value": np.nan, "chance": np.nan, "reason": f"penultimate of c has none: {infinite}"}, nan_ok=True
     )
+    assert student_a["best"]["second"][-1] == pytest.approx(
+        {"layer": "logits", "match": "", "cka": np.nan, "reason": same}, nan_ok=True
+    )
+    known = json.loads(to_json(numbers))
+    assert known["pairs"][0]["cka"][0][-1] is None
+    assert unexplained(known) == []
+    assert unexplained({**known, "undefined": {}})
     assert np.isfinite(student_a["matches"]["value"])
     gain = numbers["gains"]["a"]["mean"]
     assert gain["penultimate"]["reason"] == f"penultimate of a has none: {same}"
@@ -423,7 +518,9 @@ def test_every_pair_is_told_from_its_matrix(analyzed: FeatureAnalysis) -> None:
         for key in ("penultimate", "logits", "matches", "mutual_knn"):
             assert pair[key]["low"] < pair[key]["value"] < pair[key]["high"]
             assert pair[key]["high"] - pair[key]["low"] < 0.25
-        assert 0 < pair["procrustes_chance"] < pair["procrustes"] <= 1
+        assert 0 < pair["procrustes"]["chance"] < pair["procrustes"]["value"] <= 1
+    assert analyzed.numbers["procrustes"] == {"images": 360}
+    assert analyzed.numbers["idle"] == []
 
 
 def test_what_is_gained_is_student_minus_control(analyzed: FeatureAnalysis) -> None:
@@ -529,10 +626,27 @@ def test_too_few_images_are_refused(digits: Dataset, tmp_path: Path, images: int
 
 
 def test_from_the_command_line(finished: DistillResult, analyzed: FeatureAnalysis, tmp_path: Path) -> None:
-    command = ["analyze-features", str(finished.folder), "--seed", "3", "--json", "--out", str(tmp_path)]
-    result = CliRunner().invoke(app, command)
+    command = [
+        "analyze-features",
+        str(finished.folder),
+        "--seed",
+        "3",
+        "--layers",
+        "features.2",
+        "--pool",
+        "gap",
+    ]
+    result = CliRunner().invoke(app, [*command, "--images", "300", "--json", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.stderr
-    assert json.loads(result.stdout) == {"folder": str(tmp_path), **analyzed.numbers}
+    numbers = json.loads(result.stdout)
+    assert numbers == {"folder": str(tmp_path), **json.loads((tmp_path / "features.json").read_text())}
+    assert numbers["settings"] == {
+        **analyzed.numbers["settings"],
+        "layers": ["features.2"],
+        "pool": "gap",
+        "images": 300,
+    }
+    assert numbers["layers"]["student"] == ["features.2", "penultimate", "logits"]
     assert f"numbers and pictures in {tmp_path}: features.json, features-teachers.png" in result.stderr
 
 

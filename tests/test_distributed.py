@@ -24,28 +24,16 @@ def environment(cache: Path) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "EKD_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
 
 
-def launched(count: int, *arguments: str) -> list[str]:
-    return [sys.executable, *arguments] if count == 1 else [*TORCHRUN, str(count), *arguments]
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     """What 1, 2 and then 3 processes found; each goes on with a training that the one before left."""
-    folder, results = tmp_path_factory.mktemp("distributed"), {}
-    for count in (1, 2, 3):
-        path = folder / f"{count}.json"
-        command = launched(count, "tests/distributed_work.py", str(path), str(folder / "checkpoints"))
-        ran = subprocess.run(
-            command,
-            env=environment(folder / f"cache-{count}"),
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=280,
-        )
-        assert ran.returncode == 0, ran.stderr
-        results[count] = json.loads(path.read_text())
-    return results
+    folder, counts = tmp_path_factory.mktemp("distributed"), (1, 2, 3)
+    command = [sys.executable, "tests/distributed_work.py", str(folder), ",".join(map(str, counts))]
+    ran = subprocess.run(
+        command, env=environment(folder), cwd=ROOT, capture_output=True, text=True, timeout=280
+    )
+    assert ran.returncode == 0, ran.stderr
+    return {count: json.loads((folder / f"{count}.json").read_text()) for count in counts}
 
 
 def losses(history: list[dict[str, Any]]) -> np.ndarray:
@@ -129,9 +117,8 @@ def test_a_process_that_dies_is_started_again_and_the_run_is_that_of_one_process
 
 
 def test_a_message_is_said_once_under_torchrun(tmp_path):
-    command = launched(
-        2, "-m", "ensemble_kd", "distill", *FLAGS, "--loss", "nothing", "--out", str(tmp_path / "run")
-    )
+    command = [*TORCHRUN, "2", "-m", "ensemble_kd", "distill", *FLAGS, "--loss", "nothing"]
+    command += ["--out", str(tmp_path / "run")]
     ran = subprocess.run(command, env=environment(tmp_path), cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode != 0
     assert ran.stderr.count("fix: name one of these") == 1

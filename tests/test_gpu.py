@@ -1,12 +1,14 @@
-"""What only a GPU can show: recorded steps, a loop that never waits, bf16 teachers, memory that is given back."""
+"""What only a GPU can show: recorded steps, a loop that never waits, bf16 teachers, memory given back, analyses."""
 
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,18 @@ from support import logged
 from torch import Tensor, nn
 
 from ensemble_kd import loop as loop_module
+from ensemble_kd.analysis.agreement import all_pairs, under_corruption
+from ensemble_kd.analysis.calibration import calibration_of
+from ensemble_kd.analysis.features import features_of
+from ensemble_kd.analysis.fidelity import Compared
+from ensemble_kd.analysis.options import (
+    AgreementOptions,
+    CalibrationOptions,
+    FeaturesOptions,
+    SurfaceOptions,
+)
+from ensemble_kd.analysis.subjects import Subjects
+from ensemble_kd.analysis.surface import surface_of
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.data.dataset import Dataset
 from ensemble_kd.data.views import MIXES, POLICIES
@@ -252,3 +266,89 @@ def test_distilling_on_a_gpu(tmp_path, options) -> None:
     )
     assert run.metrics["models"]["student"]["accuracy"]["value"] > 0.4
     assert run.student.card.model == "lenet"
+
+
+# The analyses
+
+
+def subjects_on(device: torch.device, data: Dataset, folder: Path) -> Subjects:
+    """A student, a control, two teachers and their ensemble, all untrained and the same on every device."""
+    moved = data.to(device)
+    networks = {
+        name: new_classifier(parse("lenet"), data, seed=seed).to(device).eval()
+        for seed, name in enumerate(("student", "labels"))
+    }
+    taught = [
+        Teacher.of(f"t{seed}", new_classifier(parse(name), data, seed=seed).to(device).eval(), "here")
+        for seed, name in enumerate(("lenet", "resnet8"), start=5)
+    ]
+    together = Ensemble(taught, torch.tensor([0.5, 0.5], device=device), torch.ones(2, device=device))
+    return Subjects("here", folder, moved, networks, together)
+
+
+def apart(first: Any, second: Any) -> float:
+    """The largest difference of two numbers at the same place of two results; the rest of them is equal."""
+    if isinstance(first, dict):
+        assert first.keys() == second.keys()
+        return max((apart(own, second[key]) for key, own in first.items()), default=0.0)
+    if isinstance(first, list):
+        assert len(first) == len(second)
+        return max((apart(a, b) for a, b in zip(first, second, strict=True)), default=0.0)
+    if isinstance(first, float) and isinstance(second, float):
+        return 0.0 if math.isnan(first) and math.isnan(second) else abs(first - second)
+    return 0.0
+
+
+def on_both(
+    analyse: Callable[[Subjects, Any], Any], options: Any, data: Dataset, folder: Path
+) -> list[dict[str, Any]]:
+    return [
+        analyse(subjects_on(device, data, folder / device.type), options).numbers
+        for device in (torch.device("cpu"), CUDA)
+    ]
+
+
+def test_layers_are_compared_as_on_the_cpu(few_digits: Dataset, tmp_path: Path) -> None:
+    """CKA to 1e-3 with its intervals; a neighbour may change places with one as far away."""
+    cpu, gpu = on_both(features_of, FeaturesOptions(images=200), few_digits, tmp_path)
+    for one, other in zip(cpu["pairs"], gpu["pairs"], strict=True):
+        for key in ("cka", "penultimate", "logits", "procrustes"):
+            assert apart(one[key], other[key]) < 1e-3, key
+        assert apart(one["mutual_knn"], other["mutual_knn"]) < 0.02
+    assert cpu["layers"] == gpu["layers"]
+    assert (cpu["idle"], cpu["undefined"]) == (gpu["idle"], gpu["undefined"]) == ([], {})
+
+
+def test_planes_are_seen_as_on_the_cpu(few_digits: Dataset, tmp_path: Path) -> None:
+    """The same planes; of their points one in a hundred may be too near a boundary."""
+    cpu, gpu = on_both(surface_of, SurfaceOptions(triplets=3, points=20), few_digits, tmp_path)
+    assert cpu["planes"] == gpu["planes"]
+    assert apart(cpu["outside"], gpu["outside"]) < 1e-6
+    for one, other in zip(cpu["pairs"], gpu["pairs"], strict=True):
+        assert abs(one["reproducibility"]["value"] - other["reproducibility"]["value"]) < 0.01
+
+
+def test_answers_are_compared_as_on_the_cpu(few_digits: Dataset, tmp_path: Path) -> None:
+    """Shares to 0.02, also of corrupted images; divergences to 1e-3."""
+    images = few_digits.test
+    found = []
+    for device in (torch.device("cpu"), CUDA):
+        subjects = subjects_on(device, few_digits, tmp_path)
+        logits = {name: values.cpu() for name, values in subjects.logits(images.to(device)).items()}
+        corruption = under_corruption(
+            subjects, Compared.of(subjects.roles), AgreementOptions(quick=True, images=200)
+        )
+        found.append((all_pairs(logits, images.known_labels.numpy()), corruption))
+    (pairs, corruption), (their_pairs, their_corruption) = found
+    for one, other in zip(pairs, their_pairs, strict=True):
+        assert apart(one["agreement"], other["agreement"]) < 0.02
+        assert apart([one["kl"], one["jsd"]], [other["kl"], other["jsd"]]) < 1e-3
+    assert apart(corruption["overall"], their_corruption["overall"]) < 0.02
+
+
+def test_calibration_is_judged_as_on_the_cpu(few_digits: Dataset, tmp_path: Path) -> None:
+    """Brier and NLL to 1e-3; an image may fall into the next bin, which moves ECE by no more than 0.01."""
+    cpu, gpu = on_both(calibration_of, CalibrationOptions(images=200), few_digits, tmp_path)
+    for name, row in cpu["models"].items():
+        for key, tolerance in (("brier", 1e-3), ("nll", 1e-3), ("ece", 0.01)):
+            assert apart(row["before"][key], gpu["models"][name]["before"][key]) < tolerance, (name, key)

@@ -72,6 +72,17 @@ def test_the_three_images_come_back_at_their_coordinates(shape: tuple[int, ...])
     assert float((found - three).abs().max()) < 1e-6
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_three_images_come_back_exactly_after_rounding(shape: tuple[int, ...]) -> None:
+    for seed in range(5):
+        pixels = torch.randint(
+            256, (3, *shape), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+        )
+        plane = plane_through(pixels.double() / 255)
+        assert plane is not None
+        assert torch.equal((255 * plane.images(plane.corners)).round().to(torch.uint8), pixels)
+
+
 def test_distances_on_the_plane_are_those_between_images() -> None:
     plane, places = through(seed=2), np.random.default_rng(0).normal(size=(6, 2)) * 3
     pixels = plane.images(places).double().reshape(6, -1)

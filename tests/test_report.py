@@ -15,7 +15,7 @@ import pytest
 import yaml
 from matplotlib.figure import Figure
 from PIL import Image
-from support import logged, refused
+from support import logged, refused, unexplained
 from typer.testing import CliRunner
 
 from ensemble_kd.analysis import gather
@@ -24,6 +24,7 @@ from ensemble_kd.analysis.options import ReportOptions
 from ensemble_kd.analysis.page import Html, Section, figure, join, measured, page, table, tag
 from ensemble_kd.analysis.report import Report, report
 from ensemble_kd.analysis.sections import sections
+from ensemble_kd.analysis.subjects import FORM
 from ensemble_kd.cli import app
 from ensemble_kd.distillation import DistillResult, distill
 from ensemble_kd.errors import ConfigError, RunError
@@ -211,9 +212,10 @@ def test_a_page_of_hostile_names_is_well_formed() -> None:
     ],
 )
 def test_which_analyses_will_do(settings: dict[str, Any], given: dict[str, Any], expected: bool) -> None:
-    made = {"settings": {"quick": False, "seed": 0, **settings}, "roles": {"a": "student"}}
+    made = {"form": FORM, "settings": {"quick": False, "seed": 0, **settings}, "roles": {"a": "student"}}
     assert fits(made, ReportOptions(**given), ["a"]) is expected
     assert not fits(made, ReportOptions(**given), ["a", "b"])
+    assert not fits({**made, "form": FORM - 1}, ReportOptions(**given), ["a"])
     assert not fits({**made, "corruption": {"left_out": ""}}, ReportOptions(**given), ["a"])
 
 
@@ -240,6 +242,42 @@ def test_a_page_has_all_sections_pictures_and_numbers(finished: DistillResult, r
     assert len(sentences) == 10
     for fact in (*run["manifest"]["versions"].values(), run["manifest"]["teachers"][0]["after"]):
         assert fact in markup
+
+
+def test_every_null_has_a_reason(reported: Report) -> None:
+    for part in ANALYSES:
+        numbers = json.loads((reported.folder / "analysis" / f"{part}.json").read_text())
+        assert unexplained(numbers) == [], part
+
+
+def test_what_the_analyses_know_is_shown(reported: Report) -> None:
+    parsed, (run,) = Parsed(reported.page.read_text(encoding="utf-8")), reported.numbers["runs"]
+    shown = {float(data["value"] or "") for data in parsed.all("data")}
+    pair = run["features"]["pairs"][0]
+    assert {pair["procrustes"]["value"], pair["procrustes"]["chance"]} <= shown
+    plane = next(p for p in run["surface"]["pairs"] if (p["first"], p["second"]) == ("student", "ensemble"))
+    assert plane["reproducibility"]["sd"] in shown
+    assert {
+        run["agreement"]["pairs"][0]["kl"][way]["value"] for way in ("first_second", "second_first")
+    } <= shown
+    best = next(p for p in run["features"]["pairs"] if (p["first"], p["second"]) == ("student", "resnet8"))
+    assert {row["cka"] for row in best["best"]["first"]} <= shown
+    (caption,) = (
+        text for text in parsed.texts["span"] if text.startswith("The most similar layer of each teacher")
+    )
+    assert "One-sided and optimistic: the best of many" in caption
+
+
+def test_an_analysis_of_fewer_images_is_read_and_said_to_be(
+    copied: Path, nothing_is_made: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with logged() as lines:
+        made = report(copied, quick=True)
+    said = "made before, on 60 images; --images 500 makes it anew on more"
+    (run,) = made.numbers["runs"]
+    assert run["fewer"] == [f"{part}: {said}" for part in ("agreement", "calibration", "features")]
+    assert f"WARNING: copied: features: {said}" in lines
+    assert f"features: {said}." in Parsed(made.page.read_text(encoding="utf-8")).texts["p"]
 
 
 def test_analyses_are_made_as_the_verbs_make_them(reported: Report) -> None:
@@ -361,9 +399,21 @@ def test_runs_side_by_side_and_over_seeds(copied: Path, nothing_is_made: None) -
     assert group["models"]["student"]["accuracy"]["value"] == pytest.approx(first + 0.01)
     markup = made.page.read_text(encoding="utf-8")
     parsed = check_structure(markup)
-    assert group["sentence"] in parsed.texts["p"]
-    assert made.table().endswith(group["sentence"])
-    assert "The runs side by side; 95 % intervals over test images" in parsed.texts["span"]
+    assert set(group["sentences"]) <= set(parsed.texts["p"])
+    assert len(group["sentences"]) == 4
+    assert made.table().endswith("\n".join(group["sentences"]))
+    assert "The runs side by side; 95 % intervals over test images or planes" in parsed.texts["span"]
+    # Three copies of one run: every likeness is the same in all, and shown with an interval that is a point.
+    surface = made.numbers["runs"][0]["surface"]
+    gain = next(row for row in surface["gains"] if (row["control"], row["target"]) == ("labels", "ensemble"))
+    found = group["likeness"]["planes"]["differences"]["labels"]
+    assert list(found.values()) == pytest.approx([gain["gain"]["value"]] * 3)
+    assert parsed.texts["th"].count("CKA, best matches: student − labels") == 1
+    assert (
+        parsed.texts["th"].count("the ensemble's answer on planes between images: student − labels, points")
+        == 1
+    )
+    assert any(text.startswith("How alike to the ensemble and, in CKA") for text in parsed.texts["span"])
     assert (
         "copied, seed1, seed2: means over the seeds 0, 1, 2, with 95 % t intervals over seeds"
         in parsed.texts["span"]
@@ -417,7 +467,7 @@ def test_the_command_line(copied: Path, nothing_is_made: None, tmp_path: Path) -
     numbers = json.loads(result.stdout)
     assert numbers["folder"] == str(tmp_path / "out")
     assert [run["name"] for run in numbers["runs"]] == ["copied"]
-    assert f"report: {tmp_path / 'out' / 'index.html'}, numbers: report.json" in result.stderr
+    assert f"report: {tmp_path / 'out' / 'index.html'}" in result.stderr
     plain = CliRunner().invoke(app, arguments)
     assert plain.stdout.splitlines()[:2] == ["copied: digits, 360 test images", "  Did distilling help?"]
 

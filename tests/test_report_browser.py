@@ -27,7 +27,7 @@ SCHEMES = ("light", "dark")
 
 
 @pytest.fixture(scope="module")
-def hostile(tmp_path_factory: pytest.TempPathFactory) -> Report:
+def hostile(tmp_path_factory: pytest.TempPathFactory, curves: Any) -> Report:
     """A report on a run whose classes have such names, with a teacher that is trained in it."""
     root = tmp_path_factory.mktemp("hostile")
     generator = np.random.default_rng(0)
@@ -37,15 +37,17 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Report:
         for k in range(24):
             pixels = generator.integers(0, 120, size=(8, 8, 3)) + 25 * number
             Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{k}.png")
-    run = distill(
-        ["lenet"],
-        "lenet",
-        data=f"imagefolder:{root / 'images'}",
-        controls="labels,independent",
-        epochs=2,
-        teacher_epochs=2,
-        out=root / "run",
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curves, "drawn", True)
+        run = distill(
+            ["lenet"],
+            "lenet",
+            data=f"imagefolder:{root / 'images'}",
+            controls="labels,independent",
+            epochs=2,
+            teacher_epochs=2,
+            out=root / "run",
+        )
     return report(run.folder, quick=True)
 
 

@@ -186,6 +186,7 @@ def ref_hard(s: np.ndarray, t: np.ndarray, temperature: float) -> float:
 
 REFERENCES: dict[str, Callable[..., float]] = {
     "kl": ref_kl,
+    "kl-unscaled": lambda s, t, temperature: ref_kl(s, t, temperature) / temperature**2,
     "ce": ref_ce,
     "reverse-kl": ref_reverse_kl,
     "js": ref_js,

@@ -538,7 +538,7 @@ REFUSED = {
             (
                 "loss: dkd needs the label of every training image",
                 "the unlabelled ones have none",
-                "choose one of kl, ce, reverse-kl, js, mse, dist, logit-std, hard",
+                "choose one of kl, kl-unscaled, ce, reverse-kl, js, mse, dist, logit-std, hard",
             ),
         )
         for only in (False, True)
@@ -630,5 +630,5 @@ def test_the_command_line_refuses_what_needs_labels(tmp_path, extra):
     assert result.stderr == (
         "error: loss: dkd needs the label of every training image\n"
         "  why: the unlabelled ones have none\n"
-        "  fix: choose one of kl, ce, reverse-kl, js, mse, dist, logit-std, hard\n"
+        "  fix: choose one of kl, kl-unscaled, ce, reverse-kl, js, mse, dist, logit-std, hard\n"
     )

@@ -36,7 +36,7 @@ from spoiled import (
 )
 from support import message, refused
 
-from ensemble_kd import config, files
+from ensemble_kd import config, files, yamls
 from ensemble_kd.checkpoints import Checkpoints, Snapshot
 from ensemble_kd.data import archives, load_data
 from ensemble_kd.errors import DataError, DiskError, EkdError, ModelError, Problem, RunError, WeightsError
@@ -464,7 +464,7 @@ def test_a_full_disk_is_an_error_of_both_kinds(monkeypatch: pytest.MonkeyPatch) 
     assert isinstance(caught.value, OSError)
     assert (caught.value.errno, caught.value.strerror) == (errno.ENOSPC, "No space left on device")
     assert str(caught.value) == message(
-        "no room for folder: 2.0 kB are needed, 12 B are free",
+        "no room for folder: 2.2 kB are needed, 12 B are free",
         "No space left on device",
         "make room, or name another folder; what was there before is there still",
     )
@@ -481,7 +481,7 @@ SOURCES = [
 ]
 BANNED = {
     "exec", "eval", "compile", "__import__", "pickle.load", "pickle.loads", "pickle.dump", "pickle.dumps",
-    "pickle.Unpickler", "pickle.Pickler", "torch.save", "marshal.loads", "marshal.load", "shelve.open",
+    "pickle.Unpickler", "pickle.Pickler", "torch.save", "torch.export.load", "marshal.loads", "marshal.load", "shelve.open",
     "joblib.load", "dill.load", "np.load", "numpy.load", "np.save", "yaml.unsafe_load", "yaml.full_load",
     "yaml.load_all", "yaml.dump", "os.system", "os.popen", "tarfile.extract", "tempfile.mktemp",
 }  # fmt: skip
@@ -514,22 +514,24 @@ def sins(source: str) -> list[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_module_opens_a_door(path: Path) -> None:
-    allowed = {"models.py": [], "torchdistill": []}.get(path.name, [])
-    assert [sin for sin in sins(path.read_text()) if sin not in allowed] == []
+    # A .pt2 is loaded from bytes that were made by the same process, and in the benchmark that shows it.
+    made_here = path.name in ("portable.py", "reload_export.py")
+    found = [sin for sin in sins(path.read_text()) if not (made_here and "torch.export.load(" in sin)]
+    assert found == []
 
 
 @pytest.mark.parametrize("line", [
     "torch.load(f)", "torch.load(f, weights_only=False)", "np.load(f, allow_pickle=True)", "yaml.load(f)",
     "yaml.load(f, Loader=yaml.Loader)", "pickle.loads(b)", "eval(t)", "torch.save(x, f)", "run(c, shell=True)",
-    "Image.open(f)", "timm.load_state_dict(f, weights_only=False)",
+    "Image.open(f)", "torch.export.load(f)", "timm.load_state_dict(f, weights_only=False)",
 ])  # fmt: skip
 def test_such_a_door_is_seen(line: str) -> None:
     assert len(sins(line)) == 1
 
 
 def test_loaders_are_safe_and_the_linter_looks_too() -> None:
-    assert issubclass(config._Values, config.yaml.SafeLoader)
-    assert issubclass(config._Texts, config.yaml.BaseLoader)
+    assert issubclass(yamls._Values, yamls.yaml.SafeLoader)
+    assert issubclass(yamls._Texts, yamls.yaml.BaseLoader)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert {"S102", "S202", "S301", "S302", "S307", "S506", "S602", "S604", "S605"} <= set(
         project["tool"]["ruff"]["lint"]["select"]

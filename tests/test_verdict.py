@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from ensemble_kd.analysis.seeds import groups, t_interval
+from ensemble_kd.analysis.intervals import t_interval
+from ensemble_kd.analysis.likeness import MEASURES
+from ensemble_kd.analysis.seeds import groups
 from ensemble_kd.analysis.verdict import (
     confidence,
     fidelity,
@@ -90,6 +92,7 @@ def numbers(
             "models": {"student": {"before": row}},
             "differences": {c: {"before": {"ece": BETTER, "nll": WORSE}} for c in controls},
         },
+        "manifest": {"networks": {name: {"sha256": name} for name in networks}},
         **parts,
     }
 
@@ -166,7 +169,8 @@ def test_a_run_with_everything() -> None:
             "student taught by independent teachers: -2.00 points [-3.00, -1.00], less alike.",
         ],
         [
-            "CKA of its layers with their best matches: 0.500 [0.400, 0.600] in t0 and 0.500 [0.400, 0.600] in t1.",
+            "CKA of its layers with their best matches (the best of many, so optimistic): 0.500 [0.400, 0.600] in t0 and "
+            "0.500 [0.400, 0.600] in t1.",
             "CKA against a student taught by independent teachers, mean over the teachers: best matches +0.020 [+0.010, "
             "+0.030], more alike; last layer but one +0.020 [+0.010, +0.030], more alike; logits +0.020 [+0.010, +0.030], "
             "more alike.",
@@ -206,6 +210,24 @@ def test_the_next_best_control_stands_in_for_independent_teachers() -> None:
         "by the best teacher alone" in line
         for line in (*fidelity(best)[:3], inside(best)[1], confidence(best)[1])
     )
+
+
+def test_a_control_that_is_the_student_says_why() -> None:
+    hashes = {"student": "a", "labels": "b", "best-teacher": "a", "independent": "c"}
+    manifest = {"networks": {name: {"sha256": value} for name, value in hashes.items()}}
+    said = "The student taught by the best teacher alone is this student bit for bit, as {}, so nothing can differ between them."
+    assert said.format("all weight is with the best teacher") in gain(numbers(manifest=manifest))
+    assert said.format("there is one teacher") in gain(numbers(teachers=1, manifest=manifest))
+    assert not any("bit for bit" in line for line in gain(numbers()))
+
+
+def test_teachers_without_weight_are_named() -> None:
+    made = numbers(teachers=3)
+    made["features"]["idle"] = ["t1"]
+    assert (
+        "CKA against a student taught by independent teachers, mean over the teachers but t1, without weight in the "
+        "ensemble: best matches +0.020 [+0.010, +0.030], more alike;"
+    ) in inside(made)[1]
 
 
 def test_one_teacher() -> None:
@@ -250,18 +272,65 @@ def test_an_ece_within_chance_is_no_claim() -> None:
     [(BETTER, "distilling helped"), (WORSE, "distilling hurt"), (UNCLEAR, "no clear difference")],
 )
 def test_seeds_in_words(accuracy: dict[str, Any], judged: str) -> None:
-    group = {"seeds": [0, 1, 2], "differences": {"labels": {"accuracy": accuracy}}}
-    assert over_seeds(group) == (
+    nothing = {key: {"left_out": "it is missing"} for key in MEASURES}
+    group = {"seeds": [0, 1, 2], "differences": {"labels": {"accuracy": accuracy}}, "likeness": nothing}
+    assert over_seeds(group) == [
         f"Over 3 seeds: {judged}, {points(accuracy)} of accuracy against labels alone (95 % t interval over seeds)."
-    )
+    ]
 
 
 def test_seeds_without_the_control() -> None:
-    assert over_seeds({"seeds": [0, 1], "differences": {}}) == f"Over 2 seeds: {missing('labels')}"
+    likeness = {"models": {"student": measure(0.5)}, "differences": {}}
+    group = {"seeds": [0, 1], "differences": {}, "likeness": dict.fromkeys(MEASURES, likeness)}
+    assert over_seeds(group) == [
+        f"Over 2 seeds: {missing('labels')}",
+        "Over 2 seeds: It gives the ensemble's answer on 50.0 % [50.0, 50.0] of corrupted images.",
+        "Over 2 seeds: It gives the ensemble's answer on 50.0 % [50.0, 50.0] of the points of planes between images.",
+    ]
+
+
+def test_likeness_over_seeds_in_words() -> None:
+    likeness = {
+        "models": {"student": measure(0.5), "labels": measure(0.4)},
+        "differences": {"labels": BETTER, "independent": UNCLEAR},
+    }
+    alike = {**dict.fromkeys(MEASURES, likeness), "logits": {"left_out": "it is missing"}}
+    said = over_seeds({"seeds": [0, 1], "differences": {}, "likeness": alike})
+    assert said[1] == (
+        "Over 2 seeds: It gives the ensemble's answer on 50.0 % [50.0, 50.0] of corrupted images; against a student "
+        "taught by independent teachers: +1.00 points [-1.00, +3.00], no clear difference."
+    )
+    assert said[3] == (
+        "Over 2 seeds: CKA against a student taught by independent teachers, mean over the teachers: best matches "
+        "+0.010 [-0.010, +0.030], no clear difference; last layer but one +0.010 [-0.010, +0.030], no clear difference."
+    )
+
+
+def analyses(student: float, labels: float) -> dict[str, Any]:
+    """What likeness over seeds is told from: the student's numbers and those of a control."""
+    networks = {"student": student, "labels": labels}
+    pairs = [
+        {
+            "first": name,
+            "second": teacher,
+            "reproducibility": measure(value),
+            **{key: measure(value + shift) for key in ("matches", "penultimate", "logits", "mutual_knn")},
+        }
+        for name, value in networks.items()
+        for teacher, shift in (("a", 0.0), ("idle", 0.5), ("ensemble", 0.0))
+    ]
+    answers = {"ensemble": {name: measure(value) for name, value in networks.items()}}
+    settings = {"settings": {"images": 9}}
+    return {
+        "agreement": {"reference": "ensemble", "corruption": {"overall": {"agreement": answers}}, **settings},
+        "surface": {"pairs": pairs, **settings},
+        "features": {"pairs": pairs, "idle": ["idle"], **settings},
+    }
 
 
 def run(name: str, seed: int, student: float, labels: float, **config: Any) -> dict[str, Any]:
-    rows = {"student": ("student", student), "labels": ("control", labels), "a": ("teacher", 1.0)}
+    rows = {"student": ("student", student), "labels": ("control", labels)}
+    rows |= {"a": ("teacher", 1.0), "idle": ("teacher", 1.0)}
     models = {
         key: {"role": role, "parameters": 3, "accuracy": measure(value)}
         for key, (role, value) in rows.items()
@@ -270,6 +339,7 @@ def run(name: str, seed: int, student: float, labels: float, **config: Any) -> d
         "name": name,
         "config": {"seed": seed, "lr": 1, "out": name, **config},
         "metrics": {"models": models},
+        **analyses(student, labels),
     }
 
 
@@ -288,6 +358,45 @@ def test_runs_that_differ_in_their_seed_are_one_group() -> None:
     found = group["differences"]["labels"]["accuracy"]
     assert (found["low"], found["high"]) == pytest.approx((paired.low, paired.high))
     assert found["value"] == pytest.approx(sum(students) / 3 - sum(labels) / 3)
+
+
+def test_likeness_over_seeds_is_paired_and_counts_teachers_with_weight() -> None:
+    students, labels = [0.5, 0.52, 0.57], [0.49, 0.43, 0.5]
+    runs = [run(f"r{seed}", seed, *pair) for seed, pair in enumerate(zip(students, labels, strict=True))]
+    (group,) = groups(runs)
+    paired = stats.ttest_rel(students, labels).confidence_interval()
+    one = stats.ttest_1samp(labels, 0).confidence_interval()
+    for key in MEASURES:
+        found = group["likeness"][key]
+        gain, own = found["differences"]["labels"], found["models"]["labels"]
+        assert (gain["low"], gain["high"]) == pytest.approx((paired.low, paired.high))
+        assert (own["low"], own["high"]) == pytest.approx((one.low, one.high))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "key", "reason"),
+    [
+        ("surface", {"left_out": "a teacher is gone"}, "planes", "r1: a teacher is gone"),
+        ("features", {"settings": {"images": 8}}, "matches", "the runs were analysed with other settings"),
+        ("surface", None, "planes", "it is not defined for labels in every run"),
+        ("agreement", {"corruption": {"left_out": "not asked"}}, "corruption", "r1: not asked"),
+    ],
+)
+def test_likeness_over_seeds_says_why_it_is_missing(
+    part: str, change: dict[str, Any] | None, key: str, reason: str
+) -> None:
+    runs = [run(f"r{seed}", seed, 0.5, 0.4) for seed in range(2)]
+    if change is None:
+        next(
+            pair
+            for pair in runs[1][part]["pairs"]
+            if pair["first"] == "labels" and pair["second"] == "ensemble"
+        )["reproducibility"]["value"] = None
+    else:
+        runs[1][part] |= change
+    (group,) = groups(runs)
+    assert group["likeness"][key] == {"left_out": reason}
+    assert "models" in group["likeness"]["planes" if key != "planes" else "matches"]
 
 
 def test_no_group_of_one_seed_or_of_unlike_runs() -> None:

@@ -1,6 +1,6 @@
 """What must survive kills, flipped bits, malformed files, full disks, signals and a second process.
 
-    python tests/torture.py [--scale 1.0] [--out results.json]
+    python tests/torture.py [--scale 1.0] [--only exports] [--out results.json]
 
 One row a promise: how many trials, how many survived. Processes are forked after everything is imported, so a
 trial costs milliseconds and kills fall at random moments of the work. A short form runs in the tests.
@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import nn
 
+import ensemble_kd
 from ensemble_kd import config, files
 from ensemble_kd.checkpoints import Checkpoints, Snapshot
 from ensemble_kd.classifier import Card, Classifier, Preprocess
@@ -48,6 +49,7 @@ from ensemble_kd.teachers import library
 from ensemble_kd.teachers.class_map import read_map
 from ensemble_kd.teachers.layout import Layout
 from ensemble_kd.teachers.store import Store, read_kept
+from ensemble_kd.verifying import verify
 from ensemble_kd.weights import load_classifier, load_student, save_classifier
 
 CPU = torch.device("cpu")
@@ -217,6 +219,35 @@ def kills_in_files(folder: Path, trials: int, generator: random.Random) -> Row:
     return Row("kill -9 while a student and a teacher are saved", trials, held)
 
 
+def two_exports(folder: Path) -> list[dict[str, bytes]]:
+    """The files of two exports of different networks, but for their checksums."""
+    found = []
+    for seed in (0, 1):
+        options = {"role": "control", "epochs": 1, "limit_train": 200, "seed": seed}
+        run = ensemble_kd.train("lenet", **options, out=folder / f"run-{seed}").folder
+        made = ensemble_kd.export(run).folder
+        found.append({p.name: p.read_bytes() for p in made.iterdir() if p.name != files.SUMS})
+    return found
+
+
+def kills_in_exports(folder: Path, trials: int, generator: random.Random) -> Row:
+    """An export that is replaced is the old one or the new one, whole; what was left is swept by the next."""
+    contents, path, held = two_exports(folder), folder / "export", 0
+    files.write_summed_folder(path, contents[0])
+    for _ in range(trials):
+
+        def work() -> None:
+            for number in range(1000):
+                files.write_summed_folder(path, contents[number % 2])
+
+        killed_while(work, generator, 0.1)
+        weights = (path / "model.safetensors").read_bytes() if path.exists() else b""
+        good = not verify(path).damaged and weights in [each["model.safetensors"] for each in contents]
+        files.write_summed_folder(path, contents[0])
+        held += good and not list(folder.glob(".*.tmp"))
+    return Row("kill -9 while an export is replaced", trials, held)
+
+
 # Flipped bits
 
 
@@ -269,6 +300,19 @@ def flips_in_kept_files(folder: Path, trials: int, generator: random.Random) -> 
             fill(store, 2)
         path.write_bytes(whole)
     return Row("a flipped bit in a teacher, student or target is noticed", trials, held)
+
+
+def flips_in_exports(folder: Path, trials: int, generator: random.Random) -> Row:
+    """`verify` notices a flipped bit in any file of an export."""
+    path, held = folder / "export", 0
+    files.write_summed_folder(path, two_exports(folder)[0])
+    paths = sorted(path.iterdir())
+    for _ in range(trials):
+        file = generator.choice(paths)
+        whole = flipped(file, generator)
+        held += bool(verify(path).damaged)
+        file.write_bytes(whole)
+    return Row("a flipped bit in any file of an export is noticed", trials, held)
 
 
 # Malformed files
@@ -603,10 +647,12 @@ PROMISES: list[tuple[Callable[[Path, int, random.Random], Row], int]] = [
     (kills_in_checkpoints, 50),
     (kills_in_the_store, 50),
     (kills_in_files, 50),
+    (kills_in_exports, 50),
     (kills_and_resumes, 20),
     (stops_and_resumes, 20),
     (flips_in_checkpoints, 1000),
     (flips_in_kept_files, 1000),
+    (flips_in_exports, 1000),
     (mutants, 1000),
     (faults_at_every_write, 1),
     (losses_that_are_not_finite, 20),
@@ -617,14 +663,14 @@ PROMISES: list[tuple[Callable[[Path, int, random.Random], Row], int]] = [
 """Each promise with its trials at full scale."""
 
 
-def run_all(scale: float, seed: int = 0) -> list[Row]:
-    """All promises in a folder and a cache of their own."""
+def run_all(scale: float, seed: int = 0, only: str = "") -> list[Row]:
+    """All promises, or those with `only` in their names, in a folder and a cache of their own."""
     rows = []
     before = os.environ.get("EKD_CACHE")
     with tempfile.TemporaryDirectory() as root:
         os.environ["EKD_CACHE"] = str(Path(root) / "cache")
         try:
-            for promise, trials in PROMISES:
+            for promise, trials in [p for p in PROMISES if only in p[0].__name__]:
                 folder = Path(root) / promise.__name__
                 folder.mkdir()
                 started = time.perf_counter()
@@ -651,10 +697,11 @@ def main() -> None:
     )
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of trials")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="promises with this in their names, such as exports")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    rows = run_all(chosen.scale, chosen.seed)
+    rows = run_all(chosen.scale, chosen.seed, chosen.only)
     print(table(rows))
     if chosen.out:
         files.write_json(chosen.out, [row._asdict() for row in rows])

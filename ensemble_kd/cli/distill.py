@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ensemble_kd.cli.options import NO_TRAIN, Debug, Json, Quiet, emit, guarded, hint_next, verb
+from ensemble_kd.cli.options import (
+    NO_TRAIN,
+    Debug,
+    DryRun,
+    Json,
+    Quiet,
+    emit,
+    guarded,
+    hint_next,
+    show_plan,
+    verb,
+)
 from ensemble_kd.cli.train import show as show_trained
 from ensemble_kd.schema import DistillOptions
 
@@ -55,13 +66,14 @@ _FLAGS = (
     "device",
     "compile",
     "profile",
+    "track",
     "offline",
     "out",
     "overwrite",
 )
 
 
-@verb(DistillOptions, _FLAGS, switches=NO_TRAIN)
+@verb(DistillOptions, _FLAGS, switches=NO_TRAIN, planned="distill")
 def distill(given: dict[str, Any], config: Path | None, sets: list[str], as_json: bool) -> None:
     """Teach one student from several teachers, beside its controls."""
     from ensemble_kd.distillation import distill as run
@@ -71,6 +83,7 @@ def distill(given: dict[str, Any], config: Path | None, sets: list[str], as_json
 
 def resume(
     run: Annotated[Path, typer.Argument(help="folder of a run that was stopped")],
+    dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -78,6 +91,9 @@ def resume(
     """Go on with a run that was stopped, from its last checkpoint."""
 
     def work() -> None:
+        if dry_run:
+            show_plan(json, "resume", folder=run)
+            return
         from ensemble_kd.distillation import DistillResult
         from ensemble_kd.resuming import resume as go_on
 

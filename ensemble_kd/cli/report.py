@@ -19,4 +19,4 @@ def report(given: dict[str, Any], config: Path | None, sets: list[str], as_json:
 
     result = run(given.pop("runs", None), config_file=config, sets=sets, **given)
     emit(as_json, {"folder": str(result.folder), **result.numbers}, result.table())
-    print(f"\nreport: {result.page}, numbers: report.json", file=sys.stderr)
+    print(f"\nreport: {result.page}", file=sys.stderr)

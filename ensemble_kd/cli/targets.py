@@ -53,7 +53,7 @@ Keys = Annotated[list[str] | None, typer.Argument(metavar="[KEY]...", help="the 
 
 
 @targets.command("build")
-@verb(DistillOptions, _FLAGS, switches=NO_TRAIN)
+@verb(DistillOptions, _FLAGS, switches=NO_TRAIN, planned="targets build")
 def build(given: dict[str, Any], config: Path | None, sets: list[str], as_json: bool) -> None:
     """Run teachers on all views of the training images now; `ekd distill` with the same options finds them."""
     from ensemble_kd.files import readable

@@ -29,13 +29,14 @@ _FLAGS = (
     "device",
     "compile",
     "profile",
+    "track",
     "offline",
     "out",
     "overwrite",
 )
 
 
-@verb(TrainOptions, _FLAGS, arguments=["model"])
+@verb(TrainOptions, _FLAGS, arguments=["model"], planned="train")
 def train(given: dict[str, Any], config: Path | None, sets: list[str], as_json: bool) -> None:
     """Train one network on labels, as a teacher for the library or as a control."""
     from ensemble_kd.training import train as run

@@ -1,0 +1,193 @@
+"""What a study found: rows of runs in, means, paired differences and sentences out. Pure functions of numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ensemble_kd.analysis.intervals import interval, t_interval
+
+Row = Mapping[str, Any]
+
+MEASURES: dict[str, tuple[str, float, int, str]] = {
+    "accuracy": ("accuracy", 100, 2, " points"),
+    "top5": ("top-5 accuracy", 100, 2, " points"),
+    "nll": ("NLL", 1, 4, ""),
+    "ece": ("ECE", 1, 4, ""),
+    "teacher_student_cross_entropy": ("teacher–student CE", 1, 4, ""),
+    "teacher_student_kl": ("teacher–student KL", 1, 4, ""),
+    "agreement": ("agreement with the ensemble", 100, 2, " points"),
+    "val_accuracy": ("validation accuracy", 100, 2, " points"),
+    "early_accuracy": ("validation accuracy over the first third of the epochs", 100, 2, " points"),
+    "plateau_epoch": ("first epoch within a point of the best validation accuracy", 1, 1, " epochs"),
+}
+"""Title, scale, digits and unit of what is measured of each run; all but the last three on the test split."""
+_GAINS = {
+    "agreement": ("agreement with the ensemble", 100, 2, " points"),
+    "planes": ("reproducibility of the ensemble's decision planes", 100, 2, " points"),
+    "cka": ("CKA with the teachers (penultimate)", 1, 4, ""),
+}
+_CONTROLS = {
+    "labels": "a student on labels",
+    "independent": "a student of independent teachers",
+    "best-teacher": "a student of the best teacher",
+}
+GAINS = {
+    f"{name}_over_{control}": (f"{title} gained over {whom}", *rest)
+    for name, (title, *rest) in _GAINS.items()
+    for control, whom in _CONTROLS.items()
+}
+"""How much nearer to its teachers a student is than a control of the same run."""
+MEASURES |= GAINS  # type: ignore[arg-type]
+LOWER_IS_BETTER = ("nll", "ece", "teacher_student_cross_entropy", "teacher_student_kl", "plateau_epoch")
+
+
+def early_and_plateau(accuracies: Sequence[float]) -> tuple[float, int]:
+    """Of validation accuracies by epoch: their mean over the first third, and the epoch where they level off.
+
+    That is the first (from 1) that is within 0.01 of the highest.
+    """
+    first = accuracies[: max(1, len(accuracies) // 3)]
+    near = max(accuracies) - 0.01
+    return sum(first) / len(first), next(n for n, value in enumerate(accuracies, 1) if value >= near)
+
+
+def summarise_points(
+    rows: Sequence[Row], baselines: Mapping[str, str | None], measures: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Each point's means over seeds, and its differences to its baseline.
+
+    Args:
+        rows: of runs: `point`, `seed` and the measures.
+        baselines: the point that each is compared with.
+
+    Returns:
+        By point: `seeds`, `means` and `differences` by measure. A difference is paired by seed; beside the 95 %
+        intervals there are `all_low` and `all_high`, which hold for all points of the study together.
+    """
+    found = {name: {row["seed"]: row for row in rows if row["point"] == name} for name in baselines}
+    compared = sum(1 for name, other in baselines.items() if other is not None and found[name])
+    points: dict[str, dict[str, Any]] = {}
+    for name, by_seed in found.items():
+        if not by_seed:
+            continue
+        own = {m: _together([row[m] for row in by_seed.values()], len(found)) for m in measures}
+        points[name] = {"seeds": sorted(by_seed), "means": own, "differences": {}}
+        other = found.get(baselines[name] or "", {})
+        both = sorted(by_seed.keys() & other.keys())
+        if both:
+            points[name]["differences"] = {
+                measure: _together([by_seed[s][measure] - other[s][measure] for s in both], compared)
+                for measure in measures
+            }
+    return points
+
+
+def _together(values: Sequence[float], comparisons: int) -> dict[str, Any]:
+    together = t_interval(values, comparisons)
+    return {**t_interval(values), "all_low": together["low"], "all_high": together["high"]}
+
+
+def best_on_validation(points: Mapping[str, Row], baselines: Mapping[str, str | None]) -> str | None:
+    """The point of the highest mean validation accuracy, baselines aside; the first of those that are equal."""
+    own = [name for name in points if baselines[name] is not None] or list(points)
+    return max(own, key=lambda name: points[name]["means"]["val_accuracy"]["value"], default=None)
+
+
+def effect(rows: Sequence[Row], dimension: str, measure: str) -> dict[str, Any] | None:
+    """What a dimension does to a measure, averaged over the others and paired by seed.
+
+    Returns:
+        `means` by value; `best` and `worst`, the values with the highest and lowest mean validation
+        accuracy; and `difference`, of the measure between these two. None where there is one value, or
+        seeds or other settings that lack some.
+    """
+    table: dict[str, dict[int, list[float]]] = {}
+    chosen: dict[str, list[float]] = {}
+    for row in rows:
+        value = row.get(dimension)
+        if value is None:
+            continue
+        table.setdefault(value, {}).setdefault(row["seed"], []).append(row[measure])
+        chosen.setdefault(value, []).append(row["val_accuracy"])
+    shapes = {
+        tuple(sorted((seed, len(found)) for seed, found in by_seed.items())) for by_seed in table.values()
+    }
+    if len(table) < 2 or len(shapes) != 1:
+        return None
+    by_value = {value: {s: sum(v) / len(v) for s, v in by_seed.items()} for value, by_seed in table.items()}
+    ranked = sorted(by_value, key=lambda value: sum(chosen[value]) / len(chosen[value]))
+    worst, best = ranked[0], ranked[-1]
+    apart = [by_value[best][seed] - by_value[worst][seed] for seed in sorted(by_value[best])]
+    means = {value: t_interval(list(by_seed.values())) for value, by_seed in by_value.items()}
+    return {"means": means, "best": best, "worst": worst, "difference": t_interval(apart)}
+
+
+def told(measure: str, difference: Row, whole: bool = True) -> str:
+    """A difference with its interval in words, `+0.31 points [-0.20, +0.82]`."""
+    _, scale, digits, unit = MEASURES[measure]
+    return interval(difference, scale, digits, unit if whole else "", "+")
+
+
+def sentences(
+    points: Mapping[str, Row],
+    baselines: Mapping[str, str | None],
+    effects: Mapping[str, Mapping[str, Row | None]],
+    against: str,
+    measures: Sequence[str],
+) -> list[str]:
+    """What may be said, and no more: differences count as clear where their interval leaves 0 out."""
+    seeds = max((len(point["seeds"]) for point in points.values()), default=0)
+    if seeds < 2:
+        return ["One seed a point: its differences may be those of the seed, so nothing is said of them."]
+    said = []
+    for measure in measures:
+        if measure in GAINS:
+            said.append(_count(measure, {n: p["means"][measure] for n, p in points.items()}, "0", seeds))
+            continue
+        differences = {name: p["differences"][measure] for name, p in points.items() if p["differences"]}
+        if differences:
+            said.append(_count(measure, differences, against, seeds))
+    best = best_on_validation(points, baselines)
+    if best is not None and points[best]["differences"]:
+        parts = [f"{MEASURES[m][0]} {told(m, points[best]['differences'][m])}" for m in measures]
+        said.append(
+            f"Chosen on the validation split: {best}. On the test split, against {against}: {'; '.join(parts)}."
+        )
+    for dimension, by_measure in effects.items():
+        for measure, found in by_measure.items():
+            if found is not None:
+                said.append(_effect(dimension, measure, found, seeds))
+    return said
+
+
+def _count(measure: str, differences: Mapping[str, Row], against: str, seeds: int) -> str:
+    lower = measure in LOWER_IS_BETTER
+    more = [name for name, d in differences.items() if d["all_low"] > 0]
+    less = [name for name, d in differences.items() if d["all_high"] < 0]
+    title, total = MEASURES[measure][0], len(differences)
+    points = "1 point" if total == 1 else f"{total} points"
+    if not more and not less:
+        return f"{title}: none of {points} differs clearly from {against} (intervals over {seeds} seeds that hold together)."
+    up, down = ("higher", "lower") if not lower else ("higher (worse)", "lower (better)")
+    parts = [f"{len(names)} {word} ({_few(names)})" for names, word in ((more, up), (less, down)) if names]
+    rest = (
+        f" of {points}; the others show no clear difference"
+        if len(more) + len(less) < total
+        else f" of {points}"
+    )
+    return f"{title} against {against}: {' and '.join(parts)}{rest} (intervals over {seeds} seeds that hold together)."
+
+
+def _few(names: Sequence[str]) -> str:
+    return "; ".join(names[:3]) + (f"; … {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _effect(dimension: str, measure: str, found: Row, seeds: int) -> str:
+    difference = found["difference"]
+    clear = difference["low"] > 0 or difference["high"] < 0
+    verdict = "a clear difference" if clear else "no clear difference"
+    return (
+        f"{dimension}: {found['best']} has the highest validation accuracy and {found['worst']} the lowest; between "
+        f"these, {MEASURES[measure][0]} differs by {told(measure, difference)}: {verdict} ({seeds} seeds)."
+    )

@@ -1,0 +1,266 @@
+"""The points of a study: which settings of `distill` are compared, and with which each is compared."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, Field
+
+from ensemble_kd.config import SHORT, flat, resolve, values_of
+from ensemble_kd.errors import ConfigError, Problem
+from ensemble_kd.fields import Count, Names
+from ensemble_kd.schema import DistillOptions, TrainOptions
+
+SOFT = (
+    "soft_weight", "temperature", "loss", "loss_numbers", "soft_schedule", "soft_epochs", "feature_weight",
+    "unlabelled", "unlabelled_only",
+)  # fmt: skip
+"""Options that say how soft targets are learned from: without soft targets they say nothing."""
+ARM, LABELS = "arm", "labels"
+_LONGEST = 100
+
+
+def _table(value: Any) -> Any:
+    """`a=1,2` texts, as `--over` gives them, to a table of lists."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    pairs = (str(item).partition("=") for item in value)
+    return {name.strip(): values_of(text) for name, _, text in pairs}
+
+
+def _options(value: Any) -> Any:
+    """`a=1,b=2`, as `--baseline` gives it, to a table."""
+    if not isinstance(value, str) or "=" not in value:
+        return value
+    pairs = (part.partition("=") for part in value.split(","))
+    return {name.strip(): values_of(text)[0] for name, _, text in pairs}
+
+
+class StudyOptions(DistillOptions):
+    """`ekd study`: options of `distill` that all points share, and those in which they differ."""
+
+    study: str | None = Field(None, description="a study's file, or its name in examples/studies")
+    over: Annotated[dict[str, list[Any]], BeforeValidator(_table)] = Field(
+        {}, description="NAME=A,B,...: an option of distill and the values it takes; repeatable"
+    )
+    arms: dict[str, dict[str, Any]] = Field(
+        {}, description="named sets of options, each crossed with the values of over"
+    )
+    seeds: Count = Field(3, description="seeds of each point: 0, 1, ...")
+    baseline: Annotated[Literal["labels", "none"] | dict[str, Any], BeforeValidator(_options)] = Field(
+        "labels", description="labels (the same student on labels alone), none, or options of a point"
+    )
+    before: list[dict[str, Any]] = Field([], description="networks that `ekd train` makes first")
+    question: str = Field("", description="what the study asks, in words")
+    measures: Names = Field(["accuracy", "agreement", "nll"], description="measures that are pictured")
+    controls: Names = Field([], description="of each point; the study has a baseline of its own")
+    analyses: list[Literal["features", "surface"]] = Field(
+        [], description="made of every run, beside its controls: features, surface"
+    )
+    jobs: Count = Field(1, description="processes that share the points")
+    fleet: bool = Field(True, description="train points that differ in numbers only together, on a GPU")
+
+    def cross_checks(self) -> list[tuple[set[str], Problem]]:
+        """See `Options.cross_checks`; the options of distill are checked point by point."""
+        if not self.over and not self.arms:
+            problem = Problem(
+                "over: nothing is varied",
+                "a study compares settings",
+                "say --over temperature=1,2,4, or name arms in its file",
+            )
+            return [({"over", "arms"}, problem)]
+        if "seed" in self.over:
+            problem = Problem("over: seed is varied at every point", "", "leave it out, and say --seeds N")
+            return [({"over"}, problem)]
+        empty = [name for name, values in self.over.items() if not values]
+        return [({"over"}, Problem(f"over: {n} has no values", "", f"say --over {n}=A,B")) for n in empty]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting of a study, which is trained from several seeds."""
+
+    name: str
+    """Its settings as text; also the name of its folder."""
+    settings: Mapping[str, Any]
+    """Values by dimension, in their order; a baseline on labels has none where they say nothing."""
+    given: Mapping[str, Any]
+    """Options of `distill`, without a seed."""
+    baseline: str | None
+    """The point that it is compared with; None for a baseline itself."""
+
+    def options(self, seed: int, **more: Any) -> DistillOptions:
+        """The options of one run.
+
+        Raises:
+            ConfigError: they do not go together.
+        """
+        return resolve(DistillOptions, {**self.given, "seed": seed, **more})
+
+
+def points_of(options: StudyOptions, before: Path) -> dict[str, Point]:
+    """All points by name: first those of the grid, then the baselines that are not on it.
+
+    Args:
+        before: the folder of the networks that are trained first, which `{before}` stands for.
+
+    Raises:
+        ConfigError: an option is unknown, or a point cannot be; everything that is wrong, at once.
+    """
+    options = options.model_copy(update={"arms": _placed(options.arms, before)})
+    shared = _placed(_shared(options), before)
+    points: dict[str, Point] = {}
+    for settings, given in _grid(options, shared):
+        partner = _partner(options, settings, given, shared)
+        own = _point(settings, given)
+        for point in (own, *([_point(*partner)] if partner else [])):
+            points.setdefault(point.name, point)
+        if partner and (name := _point(*partner).name) != own.name:
+            points[own.name] = Point(own.name, own.settings, own.given, name)
+    ordered = sorted(points.values(), key=lambda point: point.baseline is None and options.baseline != "none")
+    _check(ordered)
+    return {point.name: point for point in ordered}
+
+
+def training_before(options: StudyOptions, before: Path) -> list[TrainOptions]:
+    """The networks that are trained first, each into a folder of its `name` in `before`.
+
+    Raises:
+        ConfigError: with everything that is wrong with them.
+    """
+    known = set(TrainOptions.model_fields) - {"training", "out", "seed"}
+    shared = {name: value for name, value in _shared(options).items() if name in known}
+    made = []
+    for given in options.before:
+        name = str(given.get("name", given.get("model", "")))
+        rest = {option: value for option, value in given.items() if option != "name"}
+        made.append(resolve(TrainOptions, {**shared, **rest, "out": before / name}))
+    return made
+
+
+def _placed(value: Any, before: Path) -> Any:
+    """The value with `{before}` in all its texts replaced."""
+    if isinstance(value, str):
+        return value.replace("{before}", str(before))
+    if isinstance(value, Mapping):
+        return {name: _placed(inner, before) for name, inner in value.items()}
+    return [_placed(inner, before) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _shared(options: StudyOptions) -> dict[str, Any]:
+    """What all points share, of what was given."""
+    own = set(StudyOptions.model_fields) - set(DistillOptions.model_fields)
+    given = options.model_dump(exclude_unset=True, exclude={*own, "seed", "out", "overwrite"})
+    return {"controls": ["none"], **given}
+
+
+def _grid(
+    options: StudyOptions, shared: Mapping[str, Any]
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Settings and options of each point of the grid."""
+    arms: Mapping[str, Mapping[str, Any]] = options.arms or {"": {}}
+    for (arm, more), values in itertools.product(arms.items(), itertools.product(*options.over.values())):
+        varied = dict(zip(options.over, values, strict=True))
+        settings = ({ARM: arm} if options.arms else {}) | varied
+        yield settings, {**shared, **more, **varied}
+
+
+def _partner(
+    options: StudyOptions, settings: Mapping[str, Any], given: Mapping[str, Any], shared: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Settings and options of the point that this one is compared with."""
+    if options.baseline == "none":
+        return None
+    if options.baseline == LABELS:
+        soft = {ARM} if all(_is_soft(name) for arm in options.arms.values() for name in arm) else set()
+        kept = {name: value for name, value in settings.items() if not (_is_soft(name) or name in soft)}
+        plain = {name: value for name, value in given.items() if not _is_soft(name)}
+        return {**kept, "soft_weight": 0.0}, {**plain, "soft_weight": 0.0}
+    assert isinstance(options.baseline, dict)
+    changed = dict(options.baseline)
+    arm = changed.pop(ARM, None)
+    if arm is not None and arm not in options.arms:
+        raise ConfigError(
+            f"baseline: there is no arm {arm!r}",
+            f"the arms are {', '.join(options.arms) or 'none'}",
+            "name one of these",
+        )
+    over = {name: value for name, value in settings.items() if name != ARM}
+    chosen = options.arms.get(arm or settings.get(ARM, ""), {})
+    named = {ARM: arm} if arm is not None else {}
+    return {**settings, **named, **changed}, {**shared, **chosen, **over, **changed}
+
+
+def _is_soft(name: str) -> bool:
+    return SHORT.get(name, name).partition(".")[0] in SOFT
+
+
+def _point(settings: Mapping[str, Any], given: Mapping[str, Any]) -> Point:
+    return Point(_name(settings), dict(settings), dict(given), None)
+
+
+def _name(settings: Mapping[str, Any]) -> str:
+    """Settings as text that can be a file's name."""
+    text = ",".join(f"{name}={shown(value)}" for name, value in settings.items())
+    name = re.sub(r"[^A-Za-z0-9_.,=+-]+", "-", text)
+    if name != text or len(name) > _LONGEST:
+        name = f"{name[:_LONGEST]}-{sha256(text.encode()).hexdigest()[:8]}"
+    return name
+
+
+def shown(value: Any) -> str:
+    """A value of a setting as text."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, (list, tuple)):
+        return "+".join(map(shown, value))
+    if isinstance(value, Mapping):
+        return "+".join(f"{name}:{shown(inner)}" for name, inner in value.items())
+    return str(value)
+
+
+def _check(points: list[Point]) -> None:
+    problems: list[Problem] = []
+    for point in points:
+        try:
+            point.options(0)
+        except ConfigError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+    if problems:
+        raise ConfigError(problems)
+
+
+def facts(options: StudyOptions) -> dict[str, Any]:
+    """What all points of a study depend on, besides their own settings."""
+    free = {
+        "analyses",
+        "seed",
+        "device",
+        "over",
+        "seeds",
+        "baseline",
+        "question",
+        "measures",
+        "fleet",
+        "arms",
+        "before",
+    }
+    shared = json.loads(StudyOptions.model_dump_json(options, exclude_unset=True))
+    left_out = free | {"study", "out", "overwrite", "jobs"}
+    kept = {name: value for name, value in shared.items() if name not in left_out}
+    return flat(kept) | {f"arms.{name}": arm for name, arm in shared.get("arms", {}).items()}
+
+
+def to_yaml(options: StudyOptions) -> str:
+    """The study as YAML, as it was given, so that it can be run again."""
+    left_out = {"study", "out", "overwrite", "jobs"}
+    values = options.model_dump(mode="json", exclude_unset=True, exclude=left_out)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
