@@ -352,3 +352,31 @@ def test_calibration_is_judged_as_on_the_cpu(few_digits: Dataset, tmp_path: Path
     for name, row in cpu["models"].items():
         for key, tolerance in (("brier", 1e-3), ("nll", 1e-3), ("ece", 0.01)):
             assert apart(row["before"][key], gpu["models"][name]["before"][key]) < tolerance, (name, key)
+
+
+def test_a_fleet_ends_where_single_runs_do(tmp_path: Path) -> None:
+    """In bfloat16 and recorded as a graph: near, not equal."""
+    from ensemble_kd.config import resolve
+    from ensemble_kd.distillation import distill_with
+    from ensemble_kd.runs import Run
+    from ensemble_kd.schema import DistillOptions
+    from ensemble_kd.setting import Objects
+    from ensemble_kd.shared import Shared
+    from ensemble_kd.together import distill_together
+
+    def options(kind: str, number: int) -> DistillOptions:
+        given = {"teachers": ["lenet", "resnet8"], "controls": "none", "epochs": 8, "teacher_epochs": 2}
+        own = {"temperature": number + 1, "soft_weight": 0.3 * number, "seed": number % 2}
+        return resolve(
+            DistillOptions, {**given, **own, "device": "cuda", "out": tmp_path / f"{kind}{number}"}
+        )
+
+    shared = Shared(pictures=False)
+    assert distill_together([options("fleet", number) for number in range(4)], shared) == ""
+    for number in range(4):
+        alone = distill_with(options("alone", number), Objects({}, shared=shared)).metrics["models"][
+            "student"
+        ]
+        fleet = Run.open(tmp_path / f"fleet{number}").metrics()["models"]["student"]
+        assert fleet["accuracy"]["value"] == pytest.approx(alone["accuracy"]["value"], abs=0.02)
+        assert fleet["nll"]["value"] == pytest.approx(alone["nll"]["value"], abs=0.05)

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import yaml
 from scipy import stats
+from support import refused
 
 import ensemble_kd
 from ensemble_kd import study as module
@@ -30,7 +31,6 @@ from ensemble_kd.analysis.study_numbers import (
 )
 from ensemble_kd.errors import ConfigError, RunError
 from ensemble_kd.study import study
-from tests.support import refused
 
 SMALL: dict[str, Any] = {
     "teachers": ["lenet", "resnet8"],
