@@ -671,6 +671,10 @@ def _(patch: pytest.MonkeyPatch) -> None:
     fix = "pip install 'ensemble-kd[wandb]', or leave it out"
     assert result.stderr == f"error: {message('track: wandb is not installed', 'it is an extra', fix)}\n"
     assert (result.exit_code, tree()) == (2, before)
+    patch.setitem(sys.modules, "datasets", None)
+    result = ekd("data", "hf:x")
+    what = message("hf:x cannot be read", "datasets is not installed", "pip install 'ensemble-kd[hf]'")
+    assert (result.exit_code, result.stderr, tree()) == (2, f"error: {what}\n", before)
 
 
 # Class names as attack

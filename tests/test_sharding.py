@@ -11,7 +11,7 @@ import pytest
 import sharding_work
 from spoiled import ekd
 from support import message
-from test_distributed import ROOT, environment, launched
+from test_distributed import ROOT, TORCHRUN, environment
 
 from ensemble_kd.teachers import sharding
 
@@ -24,7 +24,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]
         patch.setenv("EKD_CACHE", str(folder / "cache-1"))
         patch.setattr(sharding, "LEAST", sharding.LEAST)  # brought back, as it is changed
         alone = sharding_work.find()
-    command = launched(2, "tests/sharding_work.py", str(folder / "2.json"))
+    command = [*TORCHRUN, "2", "tests/sharding_work.py", str(folder / "2.json")]
     where = environment(folder / "cache-2")
     ran = subprocess.run(command, env=where, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert ran.returncode == 0, ran.stderr
@@ -70,7 +70,7 @@ FLAGS = [
 
 def test_a_run_with_divided_teachers(tmp_path):
     out = tmp_path / "run"
-    command = launched(2, "-m", "ensemble_kd", "distill", *FLAGS, "--device", "cpu", "--out", str(out))
+    command = [*TORCHRUN, "2", "-m", "ensemble_kd", "distill", *FLAGS, "--device", "cpu", "--out", str(out)]
     ran = subprocess.run(
         command, env=environment(tmp_path / "cache"), cwd=tmp_path, capture_output=True, text=True
     )
