@@ -10,7 +10,13 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-OUTSIDE = ("CONTRIBUTING.md", "CHANGELOG.md", "examples/*.py", "examples/studies/*.yaml", "examples/cluster/*")
+OUTSIDE = (
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "examples/*.py",
+    "examples/studies/*.yaml",
+    "examples/cluster/*",
+)
 _ITEM = re.compile(r"([-*]|\d+\.) ")
 _LINK = re.compile(r"\]\((?!\w+:|#)([^)#]+)")
 
@@ -47,7 +53,13 @@ def spaced(markdown: str) -> str:
     for line in markdown.split("\n"):
         in_code ^= line.startswith("```")
         before = lines[-1] if lines else ""
-        if _ITEM.match(line) and not in_code and before and not before.startswith(" ") and not _ITEM.match(before):
+        if (
+            _ITEM.match(line)
+            and not in_code
+            and before
+            and not before.startswith(" ")
+            and not _ITEM.match(before)
+        ):
             lines.append("")
         lines.append(line)
     return "\n".join(lines)

@@ -63,7 +63,9 @@ def commands(page: Path) -> list[str]:
     """The command lines of `ekd` in a page: those in blocks, and those in the text that have a flag."""
     text = page.read_text()
     blocks = "\n".join(FENCE.findall(text)).replace("\\\n", " ")
-    lines = re.findall(r"^\s*(?:\$ )?(?:\S+=\S+ |torchrun .*)*(?:ekd|-m ensemble_kd) (.+)$", blocks, re.MULTILINE)
+    lines = re.findall(
+        r"^\s*(?:\$ )?(?:\S+=\S+ |torchrun .*)*(?:ekd|-m ensemble_kd) (.+)$", blocks, re.MULTILINE
+    )
     return lines + [f"{line} …" for line in re.findall(r"`ekd ([a-z][^`]* -[^`]+)`", FENCE.sub("", text))]
 
 
