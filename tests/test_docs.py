@@ -64,7 +64,7 @@ def commands(page: Path) -> list[str]:
     text = page.read_text()
     blocks = "\n".join(FENCE.findall(text)).replace("\\\n", " ")
     lines = re.findall(
-        r"^\s*(?:\$ )?(?:\S+=\S+ |torchrun .*)*(?:ekd|-m ensemble_kd) (.+)$", blocks, re.MULTILINE
+        r"^\s*(?:\$ )?(?:\S+=\S+ |torchrun .*)*(?:(?:\S*/)?ekd|-m ensemble_kd) (.+)$", blocks, re.MULTILINE
     )
     return lines + [f"{line} …" for line in re.findall(r"`ekd ([a-z][^`]* -[^`]+)`", FENCE.sub("", text))]
 
