@@ -5,9 +5,10 @@ from __future__ import annotations
 import posixpath
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mkdocs.structure.files import File, Files
+if TYPE_CHECKING:
+    from mkdocs.structure.files import Files
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = (
@@ -23,6 +24,8 @@ _LINK = re.compile(r"\]\((?!\w+:|#)([^)#]+)")
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the files outside docs/ that its pages link to."""
+    from mkdocs.structure.files import File
+
     for pattern in OUTSIDE:
         for path in sorted(ROOT.glob(pattern)):
             uri = path.relative_to(ROOT).as_posix()

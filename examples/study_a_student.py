@@ -28,9 +28,9 @@ def main(fast: bool = "--fast" in sys.argv) -> None:
     print(study.table())
 
     run = study.folder / "points" / "temperature=4" / "seed-0"
-    print(ensemble_kd.analyze_agreement(run).table())
-    print(ensemble_kd.analyze_calibration(run).table())
-    print("pages and pictures:", study.page, *sorted((run / "analysis").glob("*.png")), sep="\n  ")
+    print(ensemble_kd.analyze_agreement(run, quick=fast).table())
+    print(ensemble_kd.analyze_calibration(run, quick=fast).table())
+    print("page and pictures:", study.page, *sorted((run / "analysis").glob("*.png")), sep="\n  ")
 
 
 if __name__ == "__main__":

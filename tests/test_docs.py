@@ -6,6 +6,7 @@ import doctest
 import re
 import shlex
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,31 @@ def test_a_wrong_command_does_not_parse(line, why):
     with pytest.raises(Exception) as caught:  # noqa: PT011 — typer's own click has no public errors
         parse(line)
     assert str(caught.value) == why
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    spec = spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("uri", "link", "moved"),
+    [
+        ("scale.md", "performance.md#on-a-gpu", "performance.md#on-a-gpu"),
+        ("scale.md", "../examples/cluster/README.md", "examples/cluster/README.md"),
+        ("examples/cluster/README.md", "../../docs/scale.md", "../../scale.md"),
+        ("CONTRIBUTING.md", "docs/results.md#cka", "results.md#cka"),
+        ("scale.md", "https://a.org/../b", "https://a.org/../b"),
+        ("scale.md", "#starting", "#starting"),
+    ],
+)
+def test_links_of_the_repository_become_links_of_the_pages(hooks, uri, link, moved):
+    assert hooks.linked(f"see [it]({link}).", uri) == f"see [it]({moved})."
+
+
+def test_lists_after_a_paragraph_are_set_apart_but_for_those_in_code(hooks):
+    text = "Two:\n- a\n  more of a\n- b\n```\nx\n- y\n```\n1. c"
+    assert hooks.spaced(text) == "Two:\n\n- a\n  more of a\n- b\n```\nx\n- y\n```\n\n1. c"
