@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Where row 9 of `make bench` finds real images; Debian's package dataset-fashion-mnist puts them there.
 FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 
-.PHONY: demo test study lint types bench torture fuzz clean
+.PHONY: demo test study lint types docs bench torture fuzz clean
 
 demo: .venv/.installed
 	$(BIN)/ekd distill --teachers resnet18,vgg16 --student lenet
@@ -28,6 +28,13 @@ types: .venv/.dev
 	cp -r ensemble_kd build/types/
 	cp -r teachers analysis build/types/ensemble_kd/
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p ensemble_kd
+
+# Pages in build/docs/site. mkdocstrings reads the same kind of copy.
+docs: .venv/.docs
+	rm -rf build/docs && mkdir -p build/docs/source
+	cp -r ensemble_kd build/docs/source/
+	cp -r teachers analysis build/docs/source/ensemble_kd/
+	$(BIN)/mkdocs build --strict
 
 # Long: large teachers and the memory case at 224 px take tens of minutes on two cores. ROWS=6,7 measures these alone.
 bench: .venv/.bench
@@ -59,6 +66,10 @@ clean:
 .venv/.bench: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install -qq -e '.[dev,bench]'
 	touch $@ .venv/.dev .venv/.installed
+
+.venv/.docs: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install -qq -e '.[docs]'
+	touch $@ .venv/.installed
 
 .venv/.dev: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install -qq -e '.[dev]'

@@ -80,7 +80,14 @@ def hsic1(x: Float[Tensor, "B P"], y: Float[Tensor, "B Q"]) -> float:
 
 
 def linear_cka(x: Float[Tensor, "B P"], y: Float[Tensor, "B Q"]) -> float:
-    """Biased linear CKA of two layers seen whole, in float64; close to 1 for any layers where P, Q ≫ B."""
+    """Biased linear CKA of two layers seen whole, in float64; close to 1 for any layers where P, Q ≫ B.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 3.0]])
+        >>> turned = 5 * x @ torch.tensor([[0.0, 1.0], [-1.0, 0.0]]) + 7  # scale, rotation and shift do not count
+        >>> round(linear_cka(x, turned), 6), round(linear_cka(x, x[:, :1] ** 2), 4)
+        (1.0, 0.8824)
+    """
     return _ratio(hsic0(x, y), hsic0(x, x), hsic0(y, y))
 
 

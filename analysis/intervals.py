@@ -17,6 +17,10 @@ def t_interval(values: Sequence[float] | np.ndarray, comparisons: int = 1) -> Me
 
     Args:
         comparisons: how many such intervals are to hold together with 95 % (Bonferroni).
+
+    Examples:
+        >>> {end: round(float(x), 2) for end, x in t_interval([97.0, 98.0, 99.0]).items()}
+        {'value': 98.0, 'low': 95.52, 'high': 100.48}
     """
     array = np.asarray(values, dtype=np.float64)
     mean = float(array.mean())
@@ -51,7 +55,12 @@ def interval(
     sign: str = "",
     unknown: str = "–",
 ) -> str:
-    """`written` as one text, `unknown` where there is no value."""
+    """`written` as one text, `unknown` where there is no value.
+
+    Examples:
+        >>> interval({"value": 0.0123, "low": -0.004, "high": 0.0286}, scale=100, digits=2, unit=" points", sign="+")
+        '+1.23 points [-0.40, +2.86]'
+    """
     found = written(measure, scale, digits, unit, sign)
     return unknown if found is None else " ".join(found)
 

@@ -75,6 +75,12 @@ def combine(
 
     Raises:
         ValueError: teachers that know some classes only, with the pool of logits.
+
+    Examples:
+        >>> certain, unsure = torch.tensor([[3.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.5, 0.0]])
+        >>> logits, half, at_one = torch.stack([certain, unsure]), torch.tensor([0.5, 0.5]), torch.ones(2)
+        >>> [[round(p, 3) for p in combine(logits, half, at_one, pool).exp()[0].tolist()] for pool in ("prob", "logit")]
+        [[0.592, 0.249, 0.16], [0.662, 0.19, 0.148]]
     """
     logits = logits.float() if logits.dtype.itemsize < 4 else logits
     weights, temperatures = weights.to(logits), temperatures.to(logits)
@@ -91,7 +97,12 @@ def combine(
 
 
 def temper(log_p: Float[Tensor, "B C"], temperature: float | Tensor) -> Float[Tensor, "B C"]:
-    """log softmax(log p / T), T one number or one a sample."""
+    """log softmax(log p / T), T one number or one a sample.
+
+    Examples:
+        >>> [round(p, 3) for p in temper(torch.tensor([[0.9, 0.1]]).log(), 2.0).exp()[0].tolist()]
+        [0.75, 0.25]
+    """
     if isinstance(temperature, Tensor) and temperature.ndim:
         temperature = temperature[:, None]
     return torch.log_softmax(log_p / temperature, dim=1)

@@ -51,6 +51,10 @@ def values_of(text: str) -> list[Any]:
 
     Raises:
         ConfigError: it cannot be read.
+
+    Examples:
+        >>> values_of("1,2.5,labels"), values_of("[[0.5, 0.5], null]")
+        ([1, 2.5, 'labels'], [[0.5, 0.5], None])
     """
     parts = [text] if text.lstrip().startswith("[") else [part for part in text.split(",") if part.strip()]
     try:
@@ -154,7 +158,12 @@ def option_of(variable: str) -> str:
 
 
 def variable_of(option: str) -> str:
-    """`training.epochs` to `EKD_TRAINING__EPOCHS`."""
+    """`training.epochs` to `EKD_TRAINING__EPOCHS`.
+
+    Examples:
+        >>> variable_of("training.epochs")
+        'EKD_TRAINING__EPOCHS'
+    """
     return VARIABLE + option.replace(".", "__").upper()
 
 

@@ -108,6 +108,11 @@ def show_config(
 
     Raises:
         ConfigError: with everything that is wrong.
+
+    Examples:
+        >>> rows = show_config("train", sets=["training.epochs=3"], model="lenet")
+        >>> [(row["option"], row["value"]) for row in rows if row["origin"] != "default"]
+        [('training.epochs', 3), ('model', 'lenet')]
     """
     file = Path(config_file) if config_file else None
     chosen, merged = resolved(options_of(verb), options, file=file, sets=sets)

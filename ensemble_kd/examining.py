@@ -30,7 +30,7 @@ from ensemble_kd.teachers.runner import Running
 from ensemble_kd.teachers.store import targets_dir
 
 _SHOWN = ("torch", "torchvision", "timm", "safetensors")
-_FOR_DEVELOPERS = {"dev", "bench"}
+_FOR_DEVELOPERS = {"dev", "bench", "docs"}
 _UNSAFE = "earlier ones can be made to run code by a file of weights (CVE-2025-32434, CVE-2026-24747)"
 _LITTLE = 1_000_000_000
 """Bytes of disk or memory below which a warning is given."""

@@ -42,6 +42,13 @@ def kl_to_target(
         logits: the student's logits.
         log_target: log-probabilities of the target.
         temperature: T, what the student's logits are divided by.
+
+    Examples:
+        >>> teacher, student = torch.tensor([[4.0, 0.0]]), torch.tensor([[1.0, 0.0]])
+        >>> [round(kl_to_target(student, (teacher / t).log_softmax(dim=1), t).item(), 3) for t in (1, 4, 20)]
+        [0.241, 0.976, 1.118]
+        >>> kl_to_target(teacher, teacher.log_softmax(dim=1), 1.0).item()
+        0.0
     """
     p = _wide(log_target).exp()
     entropy = -torch.xlogy(p, p).sum(dim=1).mean()
@@ -220,6 +227,14 @@ def distillation_loss(
         loss: a name of `LOSSES`.
         numbers: the loss's own numbers, where they are not its defaults.
         mixed: what was mixed into the images; losses that need labels cannot tell what a mixture is.
+
+    Examples:
+        >>> logits, labels = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1])
+        >>> log_target = torch.tensor([[0.75, 0.25], [0.5, 0.5]]).log()
+        >>> round(distillation_loss(logits, labels, log_target, soft_weight=0.9).item(), 4)
+        0.1051
+        >>> round(distillation_loss(logits, labels, None, soft_weight=0.0).item(), 4)  # labels alone
+        0.2201
     """
     if soft_weight == 0:
         assert labels is not None
@@ -260,6 +275,10 @@ def soft_weight_at(schedule: str, weight: float, epoch: int, epochs: int, span: 
 
     `constant`; `linear`: falls over the second half, to 0 in the last epoch; `cutoff`: 0 after the first `span` epochs;
     `warmup`: rises over the first `span` epochs. The span is half of the epochs if it is None.
+
+    Examples:
+        >>> [round(soft_weight_at("linear", 0.9, epoch, 8), 3) for epoch in range(8)]
+        [0.9, 0.9, 0.9, 0.9, 0.675, 0.45, 0.225, 0.0]
     """
     half = epochs / 2
     length = half if span is None else float(span)

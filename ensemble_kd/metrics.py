@@ -85,6 +85,11 @@ def expected_calibration_error(
     """Σ_bins (n_bin / N) · |accuracy − confidence| (Guo et al. 2017, equation 3).
 
     It is biased upwards: a perfectly calibrated model scores about 0.02 at N = 2000.
+
+    Examples:
+        >>> logits = torch.tensor([[3.0, 0.0]]).repeat(4, 1)  # 95.3 % sure of class 0 each time, right in three of four
+        >>> round(expected_calibration_error(logits, torch.tensor([0, 0, 0, 1])), 4)
+        0.2026
     """
     index, gap = calibration_terms(logits, labels, bins)
     per_bin = torch.zeros(bins, dtype=gap.dtype, device=gap.device).index_add_(0, index, gap)
@@ -115,7 +120,12 @@ def measure(
 def bootstrap_mean(
     values: Float[Tensor, " N"], *, resamples: int = RESAMPLES, seed: int = 0, confidence: float = 0.95
 ) -> Measure:
-    """The mean of `values` with its percentile bootstrap interval, of 95 % unless `confidence` differs."""
+    """The mean of `values` with its percentile bootstrap interval, of 95 % unless `confidence` differs.
+
+    Examples:
+        >>> {end: round(float(x), 2) for end, x in bootstrap_mean(torch.tensor([1.0] * 90 + [0.0] * 10)).items()}
+        {'value': 0.9, 'low': 0.84, 'high': 0.96}
+    """
     array = values.detach().cpu().numpy().astype(np.float64)
     mean = float(array.mean())
     if len(array) < 2:
@@ -148,7 +158,12 @@ def _bootstrap_ece(index: Tensor, gap: Tensor, *, resamples: int, seed: int) -> 
 
 
 def mean_and_spread(values: list[float]) -> tuple[float, float]:
-    """Mean and standard deviation (n − 1) over runs; the deviation of one run is NaN."""
+    """Mean and standard deviation (n − 1) over runs; the deviation of one run is NaN.
+
+    Examples:
+        >>> mean_and_spread([97.0, 98.0, 99.0])
+        (98.0, 1.0)
+    """
     array = np.asarray(values, dtype=np.float64)
     spread = float(array.std(ddof=1)) if len(array) > 1 else float("nan")
     return float(array.mean()), spread

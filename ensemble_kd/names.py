@@ -10,7 +10,12 @@ LIBRARIES = ("timm", "tv", "hf-hub", "py")
 
 
 def label_of(text: str) -> str:
-    """The short name of a model, from its text alone: architecture, factory, file or run, and seed."""
+    """The short name of a model, from its text alone: architecture, factory, file or run, and seed.
+
+    Examples:
+        >>> [label_of(name) for name in ("timm:resnet18.a1_in1k#2", "tv:vgg16@IMAGENET1K_V1", "py:mine.py:make", "runs/a")]
+        ['resnet18.a1_in1k#2', 'tv:vgg16', 'make', 'a']
+    """
     body, _, seed = split_seed(text)
     arch = split_weights(body)[0]
     library, colon, rest = arch.partition(":")

@@ -49,7 +49,13 @@ def given_weights(given: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
 
 
 def best_weights(val_logits: Float[Tensor, "K N C"], val_labels: Int[Tensor, " N"]) -> Float[Tensor, " K"]:
-    """All weight on the teacher of the highest validation accuracy; in a tie, of the lowest NLL."""
+    """All weight on the teacher of the highest validation accuracy; in a tie, of the lowest NLL.
+
+    Examples:
+        >>> val_logits = torch.tensor([[[2.0, 0.0], [2.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]])
+        >>> best_weights(val_logits, torch.tensor([0, 1])).tolist()  # one of two right, two of two
+        [0.0, 1.0]
+    """
     accuracy = (val_logits.argmax(dim=2) == val_labels).double().mean(dim=1)
     nll = torch.from_numpy(-_label_log_probabilities(val_logits, val_labels).mean(axis=0))
     tied = accuracy.cpu() == accuracy.cpu().amax()
@@ -90,6 +96,11 @@ def entropy_weights(
 
     H is the entropy at temperature 1. Where all are certain, the weights are equal. Teachers that know
     some classes only are compared by H / log of how many they know.
+
+    Examples:
+        >>> logits = torch.tensor([[[9.0, 0.0]], [[1.0, 0.0]]])  # two teachers, one image: the first is sure
+        >>> [round(w, 3) for w in entropy_weights(logits)[:, 0].tolist()]
+        [0.998, 0.002]
     """
     count = len(logits)
     if count == 1:
