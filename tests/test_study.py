@@ -273,6 +273,19 @@ def test_sentences_claim_no_more_than_intervals_that_hold_together() -> None:
     assert best_on_validation(points, baselines) == "clear"
 
 
+def test_an_interval_without_width_makes_nothing_clear() -> None:
+    """Two seeds that differ by the same number have a spread of 0, which no one should believe."""
+    values = {"1": [0.50, 0.40], "4": [0.48, 0.38], "base": [0.45, 0.35]}
+    baselines = {"1": "base", "4": "base", "base": None}
+    points = summarise_points(rows(values), baselines, ["accuracy", "val_accuracy"])
+    effects = {"t": {"accuracy": effect(rows({n: values[n] for n in ("1", "4")}), "t", "accuracy")}}
+    said = sentences(points, baselines, effects, "base", ["accuracy"])
+    assert said[0] == (
+        "accuracy: none of 2 points differs clearly from base (intervals over 2 seeds that hold together)."
+    )
+    assert said[-1].endswith("differs by +2.00 points [+2.00, +2.00]: no clear difference (2 seeds).")
+
+
 def test_an_effect_is_averaged_over_the_rest_and_chosen_on_validation() -> None:
     table = [
         {"point": f"{t}{w}", "t": t, "w": w, "seed": s, "accuracy": a + 0.01 * s, "val_accuracy": v}
