@@ -256,9 +256,9 @@ def test_differences_are_paired_by_seed_where_both_have_it() -> None:
 
 def test_sentences_claim_no_more_than_intervals_that_hold_together() -> None:
     """A gain that is clear by itself, and not among many."""
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(1)
     base = np.zeros(5)
-    clear, weak = base + 0.05 + 0.001 * generator.standard_normal(5), [0.01, 0.02, 0.001, 0.012, 0.004]
+    clear, weak = base + 0.05 + 0.001 * generator.standard_normal(5), [0.01, 0.014, 0.005, 0.012, 0.006]
     few = {"clear": clear, "weak": weak, "base": base}
     many = few | {f"same{n}": base + 0.001 * generator.standard_normal(5) for n in range(30)}
     for values, told in (
