@@ -60,7 +60,9 @@ class StudyResult:
         seeds = max((len(point["seeds"]) for point in points.values()), default=0)
         count = "1 seed" if seeds == 1 else f"{seeds} seeds, 95 % t intervals"
         title = f"{self.numbers['data']}, test split, {self.numbers['n']:,} images, {count}"
-        delta = [f"Δ is the difference to {against}, paired by seed."] if against else []
+        bases = {name for name in self.numbers["baselines"].values() if name is not None} - {against}
+        row = f" (the row {next(iter(bases))})" if len(bases) == 1 else ""
+        delta = [f"Δ is the difference to {against}{row}, paired by seed."] if against else []
         return "\n".join([text_table(headers, rows, title), *delta, *self.numbers["sentences"]])
 
 

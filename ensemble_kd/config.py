@@ -212,11 +212,9 @@ def _translate(model: type[Options], detail: Mapping[str, Any], merged: Merged) 
     key, kind, value = ".".join(path), detail["type"], detail.get("input")
     if kind == "extra_forbidden":
         known = keys(model)
-        return Problem(
-            f"unknown option {key!r}",
-            f"known are {listing(known, 40)}",
-            nearest(key, known) or nearest(key, SHORT) or "leave it out",
-        )
+        meant = nearest(key, known) or nearest(key, SHORT)
+        why = "no option has that name" if meant else f"known are {listing(known, 40)}"
+        return Problem(f"unknown option {key!r}", why, meant or "leave it out")
     if kind == "missing":
         return Problem(f"{key} is missing", "it has no default", f"name it, or say --set {key}=…")
     shown = shortened(repr(value))

@@ -38,7 +38,8 @@ _bars: list[Progress] = []
 def progress(description: str, total: int, unit: str = "", worth: int = 1) -> Iterator[Callable[..., None]]:
     """A bar on a terminal, a line from time to time elsewhere, both with rate and time left.
 
-    A bar inside another is shown below it. Colours are left out where NO_COLOR is set.
+    A bar inside another is shown below it, and of no work nothing is shown. Colours are left out where
+    NO_COLOR is set.
 
     Args:
         unit: of the rate, such as `images`, of which one step is `worth` so many.
@@ -47,7 +48,7 @@ def progress(description: str, total: int, unit: str = "", worth: int = 1) -> It
         `advance(steps=1, note=None, earlier=False)`, to call as the work goes on; `earlier` steps were taken
         before this began, and say nothing of its speed.
     """
-    if _stderr.level > logging.INFO:
+    if not total or _stderr.level > logging.INFO:
         yield lambda steps=1, note=None, earlier=False: None
     elif not sys.stderr.isatty():
         yield _Lines(printable(description), Meter(total, unit, worth))

@@ -6,8 +6,10 @@ A message has three parts, each one line: what and where, why, and how to mend i
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -104,6 +106,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """The known name most like `name`, as `did you mean 'x'?`, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else ""
+
+
+def nearest_path(path: Path) -> str:
+    """What lies where `path` should and is called much like it, as `did you mean 'runs/mine'?`, or an empty string."""
+    try:
+        beside = os.listdir(path.parent)
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(path.name, sorted(beside), n=1, cutoff=0.6)
+    return f"did you mean {str(path.parent / close[0])!r}?" if close and close[0] != path.name else ""
 
 
 def listing(names: Iterable[object], limit: int = 10) -> str:

@@ -274,6 +274,8 @@ def described(facts: dict[str, Any]) -> str:
         f"  {row['extra']:<16} {'at hand' if row['at_hand'] else 'missing: ' + row['command']}"
         for row in facts["extras"]
     ]
+    if not facts["extras"]:
+        lines.append("  not known: it runs from a folder, and is not installed (pip install .)")
     lines.append("data")
     lines += [
         f"  {row['source']:<16} {'at hand' if row['at_hand'] else 'downloaded when it is used first, or --data-root'}"

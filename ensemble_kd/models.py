@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ensemble_kd.errors import ModelError, listing, nearest
+from ensemble_kd.errors import ModelError, listing, nearest, nearest_path
 from ensemble_kd.forms import to_small_form
 from ensemble_kd.names import LIBRARIES, label_of, split_seed, split_weights
 from ensemble_kd.students import STUDENTS, own_size
@@ -135,7 +135,8 @@ def _bare(arch: str) -> ModelName:
         raise ModelError(
             f"no model at {arch!r}",
             "it is neither a run folder nor a .safetensors file, and no model has that name",
-            "name the architecture before a file of bare weights: resnet18@weights.pth",
+            nearest_path(Path(arch))
+            or "name the architecture before a file of bare weights: resnet18@weights.pth",
         )
     known = [*STUDENTS, *timm.list_models(), *tv_names()]
     hint = nearest(arch, known)

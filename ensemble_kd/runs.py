@@ -29,7 +29,7 @@ from ensemble_kd.checkpoints import Checkpoints
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.config import flat
 from ensemble_kd.console import log, log_to_file
-from ensemble_kd.errors import RunError
+from ensemble_kd.errors import RunError, nearest_path
 from ensemble_kd.locks import lock
 from ensemble_kd.models import ModelName
 from ensemble_kd.weights import load_classifier, save_classifier
@@ -148,7 +148,7 @@ class Run:
             raise RunError(
                 f"{folder} is no run folder",
                 "it has no config.yaml and status.json",
-                "name a folder made by `ekd distill`",
+                nearest_path(folder) or "name a folder made by `ekd distill`",
             )
         return cls(folder)
 

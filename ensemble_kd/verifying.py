@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from ensemble_kd import files
-from ensemble_kd.errors import ConfigError, EkdError, RunError
+from ensemble_kd.errors import ConfigError, EkdError, RunError, nearest_path
 from ensemble_kd.exported import CHECK, Export, is_export, open_network, read_export
 from ensemble_kd.files import SUMS
 from ensemble_kd.runs import Run
@@ -50,6 +50,14 @@ class Verification:
         """What is wrong."""
         return [finding for finding in self.findings if finding.ok is False]
 
+    @property
+    def summary(self) -> str:
+        """What came of it, in one line."""
+        unknown = sum(finding.ok is None for finding in self.findings)
+        parts = [f"{len(self.damaged)} damaged" if self.damaged else "nothing is damaged"]
+        parts += [f"{unknown} could not be checked"] if unknown else []
+        return f"{', '.join(parts)}, of {len(self.findings)} looked at"
+
 
 def verify(path: str | Path) -> Verification:
     """Compare a folder of this project with its checksums, and reload the networks in it.
@@ -84,7 +92,8 @@ def verify(path: str | Path) -> Verification:
     raise RunError(
         f"{path} cannot be verified",
         why,
-        "name the folder of a run, of an export, of a teacher in the library or of a target store",
+        ("" if folder.exists() else nearest_path(folder))
+        or "name the folder of a run, of an export, of a teacher in the library or of a target store",
     )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ensemble_kd import files
 from ensemble_kd.classifier import Card, Classifier
-from ensemble_kd.errors import EkdError, WeightsError, listing
+from ensemble_kd.errors import EkdError, WeightsError, listing, nearest_path
 from ensemble_kd.models import ModelName, build, parse
 
 _METADATA = "ensemble_kd"
@@ -76,7 +76,9 @@ def weights_path(path: Path) -> Path:
     """
     if not path.exists():
         raise WeightsError(
-            f"no run folder or file at {path}", "there is nothing at that path", "check the path"
+            f"no run folder or file at {path}",
+            "there is nothing at that path",
+            nearest_path(path) or "check the path",
         )
     if not path.is_dir():
         return path
@@ -262,7 +264,8 @@ def _check_file(path: Path) -> None:
     if path.is_dir():
         raise WeightsError(f"{path} is a folder", "a file of weights is wanted here", "name the file in it")
     if not path.is_file():
-        raise WeightsError(f"no file of weights at {path}", "there is nothing at that path", "check the path")
+        fix = nearest_path(path) or "check the path"
+        raise WeightsError(f"no file of weights at {path}", "there is nothing at that path", fix)
     with path.open("rb") as file:
         head = file.read(64)
     if not head:

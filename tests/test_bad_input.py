@@ -484,9 +484,7 @@ CONFIG = "distill --config c.yaml --teachers lenet --out run"
 
 refuses(
     37, "unknown key", "evaluate x --set devise=cpu", "unknown option 'devise'",
-    "known are data, data_columns, data_root, split, val_fraction, split_seed, image_size, limit_train, decode, offline, path, on, "
-    "device",
-    "did you mean 'device'?",
+    "no option has that name", "did you mean 'device'?",
 )  # fmt: skip
 refuses(
     38, "duplicate YAML key", CONFIG, "cannot read c.yaml, line 1", "the key 'seed' stands there twice",
@@ -692,7 +690,7 @@ def shown_as(names: tuple[str, ...]) -> str:
         patch.setattr("ensemble_kd.console._stderr.level", logging.INFO)
         with progress(names[0][:30], 1) as advance:
             advance(1, note=names[0][:30])
-    assert terminal.getvalue().count(names[0][:30]) >= 2
+    assert terminal.getvalue().count(names[0][:20]) >= 2  # a narrow terminal shows less beside a rate
     with logged() as lines:
         logging.getLogger("ensemble_kd").info("%s", names[0])
     assert lines == [f"INFO: {names[0]}"]

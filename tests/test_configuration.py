@@ -235,7 +235,16 @@ def test_every_verb_of_the_table_is_there_with_its_help():
         assert verb in text
         assert ekd(verb, "--help").exit_code == 0
     assert ekd("distil").exit_code == 2
-    assert "No such command 'distil'" in ekd("distil").stderr
+    assert "No such command 'distil'. Did you mean 'distill'?" in ekd("distil").stderr
+    assert ekd("xyz").stderr.endswith("Error: No such command 'xyz'.\n")
+
+
+def test_names_with_a_space_between_them_are_told_how_to_be_written():
+    result = ekd("distill", "--teachers", "lenet,", "resnet8", "--student", "lenet")
+    assert result.exit_code == 2
+    assert result.stderr.endswith(
+        "Error: Nothing is to be done with 'resnet8' (names are joined by commas without spaces: a,b)\n"
+    )
 
 
 def test_every_verb_with_options_has_them_in_files_and_variables():

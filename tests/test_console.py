@@ -98,6 +98,15 @@ def test_without_a_terminal_there_are_lines_now_and_then(monkeypatch):
     assert 15 < len(lines) < 25
 
 
+def test_where_there_is_nothing_to_do_nothing_is_shown(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    console.log_to_stderr()
+    for total, shown in ((0, False), (1, True)):
+        with progress("predicting", total) as advance:
+            advance(total)
+        assert ("predicting" in capsys.readouterr().err) == shown
+
+
 SCRIPT = """
 import time
 from ensemble_kd import console

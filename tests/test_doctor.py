@@ -119,6 +119,12 @@ def test_extras_and_how_to_get_them(own_cache, monkeypatch):
     assert "  onnx             missing: pip install 'ensemble-kd[onnx]'\n" in ekd("doctor").stdout
 
 
+def test_where_it_is_not_installed_no_extras_are_known(own_cache, monkeypatch):
+    monkeypatch.setattr(examining.metadata, "requires", lambda name: None)
+    said = "extras\n  not known: it runs from a folder, and is not installed (pip install .)\ndata\n"
+    assert said in ekd("doctor").stdout
+
+
 def test_a_misspelt_variable_is_in_the_way(own_cache, monkeypatch):
     name = "EKD_SEDE"
     monkeypatch.setenv(name, "1")

@@ -10,6 +10,7 @@ import random
 import shutil
 import tarfile
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from support import logged, message, refused
 from typer.testing import CliRunner
 
 from ensemble_kd.cli import app
-from ensemble_kd.data import archives, load_data
+from ensemble_kd.data import archives, folders, load_data
 from ensemble_kd.data.dataset import Dataset, Images
 from ensemble_kd.data.folders import EXTENSIONS, decode, scan
 from ensemble_kd.data.inspect import inspect_data
@@ -251,6 +252,32 @@ def test_a_missing_folder_is_refused(tmp_path):
         "name a folder with one subfolder a class",
     ):
         load(tmp_path / "nothing")
+
+
+def test_a_misspelt_folder_is_told_with_what_lies_beside_it(tmp_path):
+    (tmp_path / "photos").mkdir()
+    with refused(
+        DataError,
+        f"no image folder at {tmp_path / 'fotos'}",
+        "there is nothing at that path",
+        f"did you mean {str(tmp_path / 'photos')!r}?",
+    ):
+        load(tmp_path / "fotos")
+
+
+def test_a_bar_ends_at_the_number_of_images(tmp_path, monkeypatch):
+    """Images are read in blocks, the last of which is rarely full."""
+    counts: dict[str, list[int]] = {}
+
+    @contextmanager
+    def counting(description, total):
+        done = counts[description] = [0, total]
+        yield lambda steps: done.__setitem__(0, done[0] + steps)
+
+    make(tmp_path / "photos")
+    monkeypatch.setattr(folders, "progress", counting)
+    load(tmp_path / "photos")
+    assert counts == {"reading headers": [22, 22], "decoding train": [16, 16], "decoding test": [6, 6]}
 
 
 def test_a_file_is_no_folder(tmp_path):

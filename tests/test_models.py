@@ -148,6 +148,14 @@ def test_an_unknown_name_is_refused(text, what, why, fix):
         parse(text)
 
 
+def test_a_misspelt_run_is_told_with_what_lies_beside_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    why = "it is neither a run folder nor a .safetensors file, and no model has that name"
+    with refused(ModelError, "no model at 'runs/frist'", why, "did you mean 'runs/first'?"):
+        parse("runs/frist")
+
+
 def test_an_unknown_pretrained_tag_of_timm_is_refused():
     known = [name.partition(".")[2] for name in timm.list_pretrained("vgg16")]
     with refused(

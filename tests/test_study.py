@@ -256,9 +256,9 @@ def test_differences_are_paired_by_seed_where_both_have_it() -> None:
 
 def test_sentences_claim_no_more_than_intervals_that_hold_together() -> None:
     """A gain that is clear by itself, and not among many."""
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(1)
     base = np.zeros(5)
-    clear, weak = base + 0.05 + 0.001 * generator.standard_normal(5), [0.01, 0.02, 0.001, 0.012, 0.004]
+    clear, weak = base + 0.05 + 0.001 * generator.standard_normal(5), [0.01, 0.014, 0.005, 0.012, 0.006]
     few = {"clear": clear, "weak": weak, "base": base}
     many = few | {f"same{n}": base + 0.001 * generator.standard_normal(5) for n in range(30)}
     for values, told in (
@@ -271,6 +271,19 @@ def test_sentences_claim_no_more_than_intervals_that_hold_together() -> None:
         assert said[0].startswith(f"accuracy against base: {told}")
         assert said[1].startswith("Chosen on the validation split: clear.")
     assert best_on_validation(points, baselines) == "clear"
+
+
+def test_an_interval_without_width_makes_nothing_clear() -> None:
+    """Two seeds that differ by the same number have a spread of 0, which no one should believe."""
+    values = {"1": [0.50, 0.40], "4": [0.48, 0.38], "base": [0.45, 0.35]}
+    baselines = {"1": "base", "4": "base", "base": None}
+    points = summarise_points(rows(values), baselines, ["accuracy", "val_accuracy"])
+    effects = {"t": {"accuracy": effect(rows({n: values[n] for n in ("1", "4")}), "t", "accuracy")}}
+    said = sentences(points, baselines, effects, "base", ["accuracy"])
+    assert said[0] == (
+        "accuracy: none of 2 points differs clearly from base (intervals over 2 seeds that hold together)."
+    )
+    assert said[-1].endswith("differs by +2.00 points [+2.00, +2.00]: no clear difference (2 seeds).")
 
 
 def test_an_effect_is_averaged_over_the_rest_and_chosen_on_validation() -> None:

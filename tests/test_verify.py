@@ -22,7 +22,7 @@ from ensemble_kd.runs import Run
 from ensemble_kd.teachers.layout import Layout
 from ensemble_kd.teachers.library import keep
 from ensemble_kd.teachers.store import Store
-from ensemble_kd.verifying import verify
+from ensemble_kd.verifying import Finding, Verification, verify
 
 
 def flip(path: Path, seed: int) -> None:
@@ -179,6 +179,7 @@ def test_the_command_line(whole, tmp_path):
     lines = result.stdout.splitlines()
     assert lines[0] == f"run {whole}"
     assert lines[1] == "ok           status.json"
+    assert lines[-1] == f"nothing is damaged, of {len(lines) - 2} looked at"
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     (folder / "metrics.json").write_text("{}")
@@ -186,6 +187,10 @@ def test_the_command_line(whole, tmp_path):
     assert result.exit_code == 2
     wrong = [row for row in json.loads(result.stdout)["findings"] if row["ok"] is False]
     assert wrong == [{"what": "metrics.json", "ok": False, "why": "it is not what was written"}]
+    findings = [Finding("a", True), Finding("b", False, "x"), Finding("c", None, "y")]
+    assert (
+        Verification(folder, "run", findings).summary == "1 damaged, 1 could not be checked, of 3 looked at"
+    )
 
 
 def test_other_paths_are_refused(tmp_path):
@@ -201,3 +206,11 @@ def test_other_paths_are_refused(tmp_path):
     result = CliRunner().invoke(app, ["verify", str(tmp_path / "gone")])
     expected = message(f"{tmp_path / 'gone'} cannot be verified", "there is nothing at that path", fix)
     assert (result.exit_code, result.stderr) == (2, f"error: {expected}\n")
+    (tmp_path / "mine").mkdir()
+    with refused(
+        RunError,
+        f"{tmp_path / 'mien'} cannot be verified",
+        "there is nothing at that path",
+        f"did you mean {str(tmp_path / 'mine')!r}?",
+    ):
+        verify(tmp_path / "mien")

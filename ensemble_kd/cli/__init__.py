@@ -9,9 +9,10 @@ from importlib import import_module
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from ensemble_kd import __version__
+from ensemble_kd.errors import nearest
 
 VERBS = {
     "distill": ("distill", "Teach one student from several teachers, beside its controls."),
@@ -37,8 +38,24 @@ VERBS = {
 """Each verb's file in this folder, and its line in `ekd --help`; in the file it is called like the verb."""
 
 
+class _Verb(TyperCommand):
+    """A command that knows why words are often left over: `--teachers a, b`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.allow_extra_args = True
+        if (rest := super().parse_args(ctx, args)) and not ctx.resilient_parsing:
+            words = " ".join(map(str, rest))
+            ctx.fail(f"Nothing is to be done with {words!r} (names are joined by commas without spaces: a,b)")
+        return rest
+
+
 class _Verbs(TyperGroup):
     """Commands that are imported when they are asked for."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in VERBS and not ctx.resilient_parsing:
+            ctx.fail(f"No such command {args[0]!r}. {nearest(args[0], VERBS).capitalize()}".rstrip())
+        return super().resolve_command(ctx, args)
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(VERBS)
@@ -50,7 +67,7 @@ class _Verbs(TyperGroup):
         found = getattr(module, cmd_name.replace("-", "_"))
         if not isinstance(found, typer.Typer):
             alone = typer.Typer(**_COMMON, add_completion=False)
-            alone.command(cmd_name)(found)
+            alone.command(cmd_name, cls=_Verb)(found)
             found = alone
         command = typer.main.get_command(found)
         command.name = cmd_name

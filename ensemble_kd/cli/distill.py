@@ -113,6 +113,7 @@ def _show(result: DistillResult, as_json: bool) -> None:
     took = sum(result.metrics["seconds"].values())
     print(f"\ntook {took:.0f} s; curves in {result.folder / 'curves.png'}", file=sys.stderr)
     hint_next(
-        ["ekd", "analyze-agreement", result.folder],
-        ["ekd", "evaluate", result.folder],
+        ["ekd", "report", result.folder, "--quick"],
+        ["ekd", "predict", result.folder, "IMAGE.jpg"],
+        ["ekd", "export", result.folder],
     )

@@ -47,4 +47,4 @@ def study(given: dict[str, Any], config: Path | None, sets: list[str], as_json: 
 
     result = run(given.pop("study", None), config_file=config, sets=sets, **given)
     emit(as_json, {"folder": str(result.folder), **result.numbers}, result.table())
-    print(f"\npage: {result.page}, table: results.csv", file=sys.stderr)
+    print(f"\npage: {result.page}, table: {result.folder / 'results.csv'}", file=sys.stderr)

@@ -26,7 +26,7 @@ def verify(
 
         result = run(path)
         rows = [finding._asdict() for finding in result.findings]
-        lines = [f"{result.kind} {result.folder}", *map(str, result.findings)]
+        lines = [f"{result.kind} {result.folder}", *map(str, result.findings), result.summary]
         emit(json, {"folder": str(result.folder), "kind": result.kind, "findings": rows},
              "\n".join(map(printable, lines)))  # fmt: skip
         if result.damaged:

@@ -19,7 +19,7 @@ from ensemble_kd.data.archives import is_archive, unpacked
 from ensemble_kd.data.dataset import Images, stratified_split
 from ensemble_kd.data.headers import is_grey, look_at
 from ensemble_kd.data.streams import FilePixels, Files, decoders, shortened
-from ensemble_kd.errors import DataError, Problem, listing, nearest
+from ensemble_kd.errors import DataError, Problem, listing, nearest, nearest_path
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 MAX_DEFAULT_SIZE = 224
@@ -62,7 +62,7 @@ def open_folder(path: Path, wanted: str = "a folder with one subfolder a class")
         return _inner(unpacked(path))
     if not path.is_dir():
         why = "it is a file, and no .tar or .zip" if path.exists() else "there is nothing at that path"
-        raise DataError(f"no image folder at {path}", why, f"name {wanted}")
+        raise DataError(f"no image folder at {path}", why, nearest_path(path) or f"name {wanted}")
     return path
 
 
@@ -234,11 +234,12 @@ def read_headers(folder: Folder) -> None:
     modes: set[str] = set()
     blocks = [(files, start) for files in folder.files.values() for start in range(0, len(files), _BLOCK)]
     with progress("reading headers", sum(map(len, folder.files.values()))) as advance, decoders() as pool:
-        for shapes, seen, problems in pool.map(lambda block: _headers(*block), blocks):
+        read = pool.map(lambda block: _headers(*block), blocks)
+        for (files, start), (shapes, seen, problems) in zip(blocks, read, strict=True):
             folder.shapes.update(shapes)
             modes |= seen
             broken += problems
-            advance(_BLOCK)
+            advance(min(_BLOCK, len(files) - start))
     folder.grey = all(map(is_grey, modes))
     folder.errors += shortened(broken)
 
@@ -291,9 +292,10 @@ def decode(folder: Folder, split: str, size: tuple[int, int], first_id: int = 0)
         return [problem for problem in found if problem]
 
     with progress(f"decoding {split}", len(files)) as advance, decoders() as pool:
-        for found in pool.map(work, range(0, len(files), _BLOCK)):
+        starts = range(0, len(files), _BLOCK)
+        for start, found in zip(starts, pool.map(work, starts), strict=True):
             broken += found
-            advance(_BLOCK)
+            advance(min(_BLOCK, len(files) - start))
     if broken:
         folder.errors += shortened(broken)
         raise DataError(folder.errors)
