@@ -229,7 +229,7 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, str, str]]] = {
             {"top_k": 3, "loss": loss},
             (
                 TOP_K, f"the loss {loss} reads those of unlikely classes too",
-                "leave --top-k out, or say --loss kl, ce, dkd, dist or hard",
+                "leave --top-k out, or say --loss kl, kl-unscaled, ce, dkd, dist or hard",
             ),
         )
         for loss in ("reverse-kl", "js", "mse", "logit-std")

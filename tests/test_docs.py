@@ -21,6 +21,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
          *sorted((ROOT / "examples").rglob("*.md"))]  # fmt: skip
 FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+TYPED = [page for page in PAGES if page.name != "walkthrough.md"]
+"""All but the record of a first use, in which commands are misspelt on purpose."""
 WITH_EXAMPLES = sorted(name for name, path in sources().items() if ">>> " in path.read_text())
 
 
@@ -86,7 +88,7 @@ def parse(line: str) -> None:
     command.make_parser(context).parse_args(words)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=shown)
+@pytest.mark.parametrize("page", [page for page in TYPED if commands(page)], ids=shown)
 def test_commands_parse(page):
     for line in commands(page):
         try:

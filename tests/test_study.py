@@ -195,7 +195,7 @@ def test_networks_are_trained_first_and_once(tmp_path: Path) -> None:
     asked["training"] = {"epochs": asked.pop("epochs")}
     asked["teacher_training"] = {"epochs": asked.pop("teacher_epochs")}
     asked["measures"] = ["accuracy"]
-    file.write_text(yaml.safe_dump(asked))
+    file.write_text(yaml.safe_dump(asked, sort_keys=False))
     result = study(file, out=tmp_path / "mine")
     weights = (tmp_path / "mine" / "before" / "weak" / "model.safetensors").stat().st_mtime_ns
     assert list(result.numbers["points"]) == ["arm=weak", "arm=library"]
