@@ -19,6 +19,8 @@ import ensemble_kd
 from ensemble_kd.console import log_to_stderr
 from ensemble_kd.tables import metrics_table
 
+FORMATS = ("PNG", "JPEG")
+"""An application opens what it expects, and nothing else."""
 FAST = {"epochs": 2, "teacher_epochs": 1, "limit_train": 300}
 
 
@@ -33,7 +35,7 @@ def save_photos(folder: Path, count: int = 4) -> Path:
 def label(exported: Path, image: Path) -> str:
     """The likeliest class by onnxruntime, NumPy and Pillow alone, as an application would do it."""
     names = json.loads((exported / "labels.json").read_text())
-    pixels = np.asarray(Image.open(image).convert("L"))
+    pixels = np.asarray(Image.open(image, formats=FORMATS).convert("L"))
     session = onnxruntime.InferenceSession(exported / "model.onnx")
     (logits,) = session.run(["logits"], {"images": pixels[None, None]})
     return names[int(logits.argmax())]

@@ -82,9 +82,8 @@ def exported(
 def reloaded(exported: dict[tuple[str, str], Exported]) -> dict[tuple[str, str], dict[str, Any]]:
     """What another process, with the library of each format alone, finds."""
     paths = [str(path) for entry in exported.values() for path in (entry.result.folder, entry.inputs)]
-    result = subprocess.run(
-        [sys.executable, str(RELOAD), *paths], capture_output=True, text=True, env=dict(os.environ)
-    )
+    alike = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums differ in their last bits by the number of threads
+    result = subprocess.run([sys.executable, str(RELOAD), *paths], capture_output=True, text=True, env=alike)
     assert result.returncode == 0, result.stderr
     return dict(zip(exported, map(json.loads, result.stdout.splitlines()), strict=True))
 
