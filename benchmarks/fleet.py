@@ -100,7 +100,9 @@ def largest_difference(first: Path, second: Path, count: int) -> float:
         for number in range(count)
     ]
     return max(
-        float((a - b).detach().abs().max()) for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True)
+        float((a - b).detach().abs().max())
+        for ours, theirs in pairs
+        for a, b in zip(ours, theirs, strict=True)
     )
 
 
