@@ -44,7 +44,7 @@ bench: .venv/.bench
 torture: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/torture.py --out benchmarks/results/torture.json
 
-# Malformed files for every reader of files, MINUTES each (19 readers, JOBS at a time).
+# Malformed files for every reader of files, MINUTES each (22 readers, JOBS at a time).
 MINUTES ?= 10
 JOBS ?= 1
 fuzz: .venv/.dev

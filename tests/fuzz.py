@@ -43,9 +43,11 @@ import torture
 from PIL import Image
 
 from ensemble_kd import config, console, files
+from ensemble_kd.analysis.studies import check_measures
 from ensemble_kd.checkpoints import Checkpoints
 from ensemble_kd.data import load_data
-from ensemble_kd.errors import EkdError
+from ensemble_kd.errors import EkdError, WeightsError
+from ensemble_kd.grid import StudyOptions, points_of, training_before
 from ensemble_kd.runs import Run
 from ensemble_kd.schema import DistillOptions
 from ensemble_kd.tables import text_table
@@ -318,6 +320,69 @@ def kept_teacher(folder: Path) -> Reader:
     return Reader([place.read_bytes()], in_file(place, lambda path: library.find(made)))
 
 
+def exported(folder: Path) -> Reader:
+    """The files of an exported folder by turns; unless they are mutated, its checksums are made anew."""
+    from ensemble_kd.exported import read_export
+    from ensemble_kd.exporting import export
+    from ensemble_kd.training import train
+    from ensemble_kd.verifying import verify
+
+    run = train("lenet", epochs=1, limit_train=50, device="cpu", out=folder / "run").folder
+    place = export(run, out=folder / "export").folder
+    good = {path.name: path.read_bytes() for path in place.iterdir()}
+    parts = ("config.json", "labels.json", files.SUMS, "check.safetensors", "model.safetensors")
+    turn = iter(range(1 << 60))
+
+    def read(data: bytes) -> None:
+        name = parts[next(turn) % len(parts)]
+        for part, content in (good | {name: data}).items():
+            (place / part).write_bytes(content)
+        if name != files.SUMS:
+            digests = {part: files.sha256_file(place / part) for part in good if part != files.SUMS}
+            (place / files.SUMS).write_text(files.sums_of(digests))
+        damaged = verify(place).damaged
+        read_export(place)
+        if damaged:
+            raise WeightsError(damaged[0].what, damaged[0].why, "")
+
+    return Reader([good[part] for part in parts], read)
+
+
+def study_file(folder: Path) -> Reader:
+    """A study, up to the list of its points."""
+
+    def read(path: Path) -> None:
+        chosen = config.resolve(StudyOptions, {}, file=path)
+        check_measures(chosen.measures)
+        points_of(chosen, folder)
+        training_before(chosen, folder)
+
+    place = Path(__file__).parents[1] / "examples" / "studies"
+    return Reader(
+        [(place / f"{name}.yaml").read_bytes() for name in ("regimes", "dark", "teachers")],
+        in_file(folder / "x.yaml", read),
+    )
+
+
+def parquet(folder: Path) -> Reader:
+    """A table of images, as `datasets` writes it; what was kept of the one before is thrown away."""
+    import datasets
+
+    rows = [
+        {"image": {"bytes": data, "path": None}, "label": number % 2}
+        for number, data in enumerate([*pictures().values()] * 2)
+    ]
+    kinds = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list(rows, features=kinds).to_parquet(folder / "good.parquet")
+
+    def read(path: Path) -> None:
+        shutil.rmtree(files.cache_dir() / "datasets", ignore_errors=True)
+        load_data(f"hf:{path}", decode="once", val_fraction=0.3, offline=True)
+
+    return Reader([(folder / "good.parquet").read_bytes()], in_file(folder / "x.parquet", read))
+
+
 def readers() -> dict[str, Callable[[Path], Reader]]:
     """All of them; each is made in its own folder and cache."""
     from ensemble_kd.weights import save_classifier
@@ -366,6 +431,9 @@ def readers() -> dict[str, Callable[[Path], Reader]]:
         "shard (tars:)": shards,
         "index of a shard": shard_index,
         "list (csv:)": csv_list,
+        "parquet (hf:)": parquet,
+        "study (YAML)": study_file,
+        "exported folder": exported,
     }
 
 
