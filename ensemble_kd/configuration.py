@@ -53,7 +53,7 @@ def options_of(verb: str) -> type[Options]:
 
 
 def config_template(verb: str = "distill") -> str:
-    """YAML with every option of a verb: what it is, and its default.
+    """YAML with every option of a verb: what it is, and its default, or an example where there is none.
 
     Raises:
         ConfigError: there is no such verb.
@@ -70,8 +70,8 @@ def _lines(model: type[Options], indent: str = "") -> Iterator[str]:
             yield from _lines(inner, f"{indent}  ")
             continue
         yield f"{indent}# {field.description or name}"
-        if field.is_required():
-            yield f"{indent}# {name}: …  (it has no default)"
+        if field.examples:
+            yield f"{indent}{_plain(name, field.examples[0])}  # an example: it has no default"
         else:
             yield f"{indent}{_plain(name, default_of(field))}"
 

@@ -95,10 +95,17 @@ class Meter:
         if now <= before or new <= done:
             return ""
         rate = (new - done) / (now - before)
-        shown = f"{rate * self.worth:,.0f}" if rate * self.worth >= 100 else f"{rate * self.worth:.3g}"
         left = (self.total - self.done) / rate
         rest = f"{lasting(left)} left" if self.done < self.total else f"took {lasting(self.elapsed)}"
-        return f"{shown}{' ' if self.unit else ''}{self.unit}/s, {rest}"
+        return f"{_rate(rate * self.worth, self.unit)}, {rest}"
+
+
+def _rate(rate: float, unit: str) -> str:
+    """Such as `1,234 images/s`, or `10.6 s each` where one takes more than a second."""
+    if rate < 1:
+        return f"{1 / rate:.3g} s each"
+    shown = f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+    return f"{shown}{' ' if unit else ''}{unit}/s"
 
 
 @dataclass

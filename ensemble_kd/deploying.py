@@ -22,7 +22,7 @@ Paths = Annotated[list[str], BeforeValidator(_listed)]
 class ExportOptions(Options):
     """`ekd export`."""
 
-    run: str = Field(description="folder of a finished run of distill or train")
+    run: str = Field(description="folder of a finished run of distill or train", examples=["runs/NAME"])
     format: Literal["safetensors", "timm", "onnx", "torch"] = Field(
         "safetensors", description="safetensors, timm (a local-dir of timm), onnx or torch (a .pt2)"
     )
@@ -51,7 +51,9 @@ class ExportOptions(Options):
 class PredictOptions(Options):
     """`ekd predict`."""
 
-    model: str = Field(description="run folder, exported folder or .safetensors file")
+    model: str = Field(
+        description="run folder, exported folder or .safetensors file", examples=["runs/NAME"]
+    )
     images: Paths = Field(default=[], description="image files, or folders of them")
     top: Count = Field(5, description="how many classes to name for each image")
     csv: Path | None = Field(None, description="write the answers as CSV to this file")

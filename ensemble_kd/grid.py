@@ -49,7 +49,9 @@ class StudyOptions(DistillOptions):
 
     study: str | None = Field(None, description="a study's file, or its name in examples/studies")
     over: Annotated[dict[str, list[Any]], BeforeValidator(_table)] = Field(
-        {}, description="NAME=A,B,...: an option of distill and the values it takes; repeatable"
+        {},
+        description="NAME=A,B,...: an option of distill and the values it takes; repeatable",
+        examples=[{"temperature": [1, 4]}],
     )
     arms: dict[str, dict[str, Any]] = Field(
         {}, description="named sets of options, each crossed with the values of over"

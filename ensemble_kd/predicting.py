@@ -169,7 +169,8 @@ def _files(named: Sequence[str]) -> tuple[list[tuple[Files, int]], list[Problem]
                 failed += error.problems
                 continue
         if not inside:
-            failed.append(Problem(f"no images in {path}", f"known endings: {', '.join(sorted(EXTENSIONS))}"))
+            known = f"known endings: {', '.join(sorted(EXTENSIONS))}"
+            failed.append(Problem(f"no images in {path}", known, "name another folder"))
         listed = Files.of(below, inside)
         if path.is_dir() or path.exists() or path.is_symlink():
             found += [(listed, place) for place in range(len(inside))]

@@ -124,7 +124,7 @@ class RunOptions(NetworkOptions):
 class TrainOptions(RunOptions):
     """`ekd train`."""
 
-    model: str = Field(description="network to train")
+    model: str = Field(description="network to train", examples=["lenet"])
     role: Literal["teacher", "control"] = Field(
         "teacher", description="teacher: its recipe, kept in the library; control: a student's recipe"
     )
@@ -134,7 +134,9 @@ class TrainOptions(RunOptions):
 class EvaluateOptions(DataOptions):
     """`ekd evaluate`."""
 
-    path: str = Field(description="run folder, .safetensors file, or a teacher's name")
+    path: str = Field(
+        description="run folder, .safetensors file, or a teacher's name", examples=["runs/NAME"]
+    )
     on: Literal["test", "val"] = Field("test", description="which split: test or val")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
 
@@ -142,7 +144,12 @@ class EvaluateOptions(DataOptions):
 class CombineOptions(NetworkOptions):
     """Which teachers, and how they are combined."""
 
-    teachers: Names = Field(default=[], description="names, by commas or repeated", validate_default=False)
+    teachers: Names = Field(
+        default=[],
+        description="names, by commas or repeated",
+        validate_default=False,
+        examples=[["resnet18", "vgg16"]],
+    )
     combine: str | None = Field(
         None,
         description="how teachers are weighted: mean, fixed, learned, greedy, entropy, confidence, agree, "

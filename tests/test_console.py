@@ -53,6 +53,14 @@ def test_the_rate_is_that_of_late_and_knows_no_earlier_steps():
     assert meter.done == 5180
 
 
+def test_what_takes_more_than_a_second_is_told_in_seconds_each():
+    clock = Clock()
+    meter = Meter(10, "views", 1, clock)
+    clock.now += 25
+    meter.count(2)
+    assert meter.speed == "12.5 s each, 100 s left"
+
+
 def test_many_small_steps_are_glanced_at():
     clock = Clock()
     meter = Meter(10_000, "", 1, clock)

@@ -120,18 +120,18 @@ def test_broken_files_are_told_and_the_others_answered(finished, photos, tmp_pat
 
 
 def test_the_command_line(finished, photos, tmp_path):
-    table = tmp_path / "answers.csv"
+    table, gone = tmp_path / "answers.csv", tmp_path / "gone.png"
     asked = [
         "predict",
         str(finished.folder),
         str(photos / "01.png"),
-        str(tmp_path / "gone.png"),
+        str(gone),
         "--top",
         "2",
     ]
     result = CliRunner().invoke(app, [*asked, "--csv", str(table)])
     assert result.exit_code == 2
-    assert result.stderr == f"error: cannot read {tmp_path / 'gone.png'}: there is nothing at that path\n"
+    assert result.stderr == "error: " + message(f"cannot read {gone}", "there is nothing at that path", "check the path") + "\n"
     (answer,) = predict_images(finished.folder, photos / "01.png", top=2).answers
     cells = [f"{name} {100 * share:.1f} %" for name, share in zip(*answer[1:], strict=True)]
     assert result.stdout.splitlines()[-1].split(None, 1)[0] == answer.image
@@ -142,7 +142,7 @@ def test_the_command_line(finished, photos, tmp_path):
     as_json = CliRunner().invoke(app, [*asked, "--json"])
     assert json.loads(as_json.stdout) == {
         "predictions": [answer._asdict()],
-        "failed": [{"what": f"cannot read {tmp_path / 'gone.png'}", "why": "there is nothing at that path"}],
+        "failed": [{"what": f"cannot read {gone}", "why": "there is nothing at that path"}],
     }
     nothing = CliRunner().invoke(app, ["predict", str(finished.folder)])
     wanted = message("no images are named", "there is nothing to look at", "name image files, or a folder")
