@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ensemble_kd.analysis import sections
 from ensemble_kd.analysis.intervals import interval, t_interval
 
 Row = Mapping[str, Any]
 
 MEASURES: dict[str, tuple[str, float, int, str]] = {
-    "accuracy": ("accuracy", 100, 2, " points"),
-    "top5": ("top-5 accuracy", 100, 2, " points"),
-    "nll": ("NLL", 1, 4, ""),
-    "ece": ("ECE", 1, 4, ""),
-    "teacher_student_cross_entropy": ("teacher–student CE", 1, 4, ""),
-    "teacher_student_kl": ("teacher–student KL", 1, 4, ""),
-    "agreement": ("agreement with the ensemble", 100, 2, " points"),
+    name: (title, scale, digits, " points" if unit else "")
+    for name, (title, scale, digits, unit) in sections.MEASURES.items()
+} | {
     "val_accuracy": ("validation accuracy", 100, 2, " points"),
     "early_accuracy": ("validation accuracy over the first third of the epochs", 100, 2, " points"),
     "plateau_epoch": ("first epoch within a point of the best validation accuracy", 1, 1, " epochs"),

@@ -51,9 +51,7 @@ class ExportOptions(Options):
 class PredictOptions(Options):
     """`ekd predict`."""
 
-    model: str = Field(
-        description="run folder, exported folder or .safetensors file", examples=["runs/NAME"]
-    )
+    model: str = Field(description="run folder, exported folder or .safetensors file", examples=["runs/NAME"])
     images: Paths = Field(default=[], description="image files, or folders of them")
     top: Count = Field(5, description="how many classes to name for each image")
     csv: Path | None = Field(None, description="write the answers as CSV to this file")

@@ -46,12 +46,20 @@ def free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
         return None
-    found = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
-    return None if found is None else found + pages * resource.getpagesize()
+    free = available_memory()
+    return None if free is None else free + pages * resource.getpagesize()
+
+
+def available_memory() -> int | None:
+    """Bytes of this machine that can be had without swapping; None where it does not say (Linux does)."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
 
 
 def peak_memory(device: torch.device) -> int:

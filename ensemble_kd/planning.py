@@ -27,7 +27,7 @@ from ensemble_kd.planned import METHOD, Network, Plan, Targets, most, rows_of, s
 from ensemble_kd.resuming import stopped
 from ensemble_kd.runs import RUNS, Run
 from ensemble_kd.schema import DataOptions, DistillOptions, TrainOptions
-from ensemble_kd.setting import Objects, Setting, engine_of, prepare, running_of, teacher_of
+from ensemble_kd.setting import Objects, Setting, asked_of, engine_of, prepare, running_of, teacher_of
 from ensemble_kd.stepping import Recipe
 from ensemble_kd.teachers.building import Keeping, facts_of
 from ensemble_kd.teachers.ensemble import Teacher
@@ -203,16 +203,7 @@ def _seat(name: ModelName, setting: Setting, seed: int, alike: _Seat | None = No
     """The teacher, timed, where it is not known from one `alike`."""
     options, data = setting.options, setting.data
     if can_be_trained(name, options.class_map.get(name.label)) and options.train_teachers:
-        found, recipe = look_up(
-            name,
-            data,
-            size=options.teacher_size.get(name.label),
-            stem=options.stem,
-            seed=seed,
-            augment=None if options.augment == "auto" else options.augment,
-            training=options.teacher_training.model_dump(),
-            device=setting.device,
-        )
+        found, recipe = look_up(name, data, device=setting.device, **asked_of(name, options, seed))
     else:
         found, recipe = teacher_of(name, options, data, seed, setting.device), None
     teacher = replace(found, running=running_of(options))

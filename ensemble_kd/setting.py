@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -183,17 +184,24 @@ def teacher_of(
     return load_teacher(
         name,
         data,
-        size=options.teacher_size.get(name.label),
-        stem=options.stem,
-        seed=seed,
-        augment=None if options.augment == "auto" else options.augment,
-        training=options.teacher_training.model_dump(),
         train=options.train_teachers,
         device=device,
         offline=options.offline,
         class_map=options.class_map.get(name.label),
         engine=engine_of(options) if isinstance(options, RunOptions) else None,
+        **asked_of(name, options, seed),
     )
+
+
+def asked_of(name: ModelName, options: CombineOptions, seed: int) -> dict[str, Any]:
+    """What the options say of a teacher that is trained here; arguments of `registry.look_up`."""
+    return {
+        "size": options.teacher_size.get(name.label),
+        "stem": options.stem,
+        "seed": seed,
+        "augment": None if options.augment == "auto" else options.augment,
+        "training": options.teacher_training.model_dump(),
+    }
 
 
 def _student(

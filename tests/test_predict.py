@@ -131,7 +131,12 @@ def test_the_command_line(finished, photos, tmp_path):
     ]
     result = CliRunner().invoke(app, [*asked, "--csv", str(table)])
     assert result.exit_code == 2
-    assert result.stderr == "error: " + message(f"cannot read {gone}", "there is nothing at that path", "check the path") + "\n"
+    assert (
+        result.stderr
+        == "error: "
+        + message(f"cannot read {gone}", "there is nothing at that path", "check the path")
+        + "\n"
+    )
     (answer,) = predict_images(finished.folder, photos / "01.png", top=2).answers
     cells = [f"{name} {100 * share:.1f} %" for name, share in zip(*answer[1:], strict=True)]
     assert result.stdout.splitlines()[-1].split(None, 1)[0] == answer.image

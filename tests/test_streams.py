@@ -389,7 +389,7 @@ NEEDED = 3 * 44 * 3 * SIDE * SIDE
     ("free", "stays"), [(None, False), (2 * NEEDED + 1, False), (2 * NEEDED, True), (NEEDED, True)]
 )
 def test_by_default_images_stay_in_files_where_they_take_half_of_the_memory(kinds, monkeypatch, free, stays):
-    monkeypatch.setattr(folders, "_available_memory", lambda: free)
+    monkeypatch.setattr(folders, "available_memory", lambda: free)
     with logged() as lines:
         data = load(kinds, "auto")
     assert isinstance(data.train.pixels, FilePixels) == stays
@@ -403,7 +403,7 @@ def test_by_default_images_stay_in_files_where_they_take_half_of_the_memory(kind
 
 @pytest.mark.parametrize("kind", ["labelled", "unlabelled"])
 def test_images_that_are_wanted_in_memory_must_fit(kinds, streamed, monkeypatch, kind):
-    monkeypatch.setattr(folders, "_available_memory", lambda: 57024)
+    monkeypatch.setattr(folders, "available_memory", lambda: 57024)
     load_it = load if kind == "labelled" else lambda root, how: load_unlabelled(root, streamed, how)
     with refused(
         DataError,
@@ -412,7 +412,7 @@ def test_images_that_are_wanted_in_memory_must_fit(kinds, streamed, monkeypatch,
         "decode them afresh in every pass: --set decode=always, or smaller: --image-size 64",
     ):
         load_it(kinds, "once")
-    monkeypatch.setattr(folders, "_available_memory", lambda: math.ceil(NEEDED / 0.8))
+    monkeypatch.setattr(folders, "available_memory", lambda: math.ceil(NEEDED / 0.8))
     assert isinstance(load_it(kinds, "once"), (Dataset, Images))
 
 

@@ -258,7 +258,7 @@ def test_a_path_that_is_no_folder_is_refused(tmp_path, few_digits, name, why):
 
 def test_images_that_do_not_fit_into_memory_are_refused(tmp_path, few_digits, monkeypatch):
     save(tmp_path / "all", noise(5))
-    monkeypatch.setattr(folders, "_available_memory", lambda: 100)
+    monkeypatch.setattr(folders, "available_memory", lambda: 100)
     with pytest.raises(DataError) as caught:
         load_unlabelled(tmp_path / "all", few_digits, "once")
     assert caught.value.problems[0].what == f"the images of {tmp_path / 'all'} do not fit into memory"

@@ -19,6 +19,7 @@ from ensemble_kd.data.archives import is_archive, unpacked
 from ensemble_kd.data.dataset import Images, stratified_split
 from ensemble_kd.data.headers import is_grey, look_at
 from ensemble_kd.data.streams import FilePixels, Files, decoders, shortened
+from ensemble_kd.device import available_memory
 from ensemble_kd.errors import DataError, Problem, listing, nearest, nearest_path
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -361,7 +362,7 @@ def stays_in_files(folder: Folder, size: tuple[int, int], how: str) -> bool:
     """
     check_choice(how)
     count, root = sum(map(len, folder.files.values())), folder.root
-    needed, free = count * math.prod(_pixel_shape(folder, size)), _available_memory()
+    needed, free = count * math.prod(_pixel_shape(folder, size)), available_memory()
     if how == "always" or free is None:
         return how == "always"
     sizes = f"{needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
@@ -377,12 +378,3 @@ def stays_in_files(folder: Folder, size: tuple[int, int], how: str) -> bool:
             "decode them afresh in every pass: --set decode=always, or smaller: --image-size 64",
         )
     return False
-
-
-def _available_memory() -> int | None:
-    """Bytes that can be had without swapping; None where the system does not say (it is Linux that does)."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
