@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -134,13 +134,24 @@ def new_run(setting: Setting, verb: str = "distill") -> Run:
     return run
 
 
-def finish(run: Run, setting: Setting, names: Sequence[ModelName | None], watch: Stopwatch) -> DistillResult:
-    """Everything after the run folder is there: what it holds already is not done again."""
+def finish(
+    run: Run,
+    setting: Setting,
+    names: Sequence[ModelName | None],
+    watch: Stopwatch,
+    untold: Sequence[Mapping[str, Any]] = (),
+) -> DistillResult:
+    """Everything after the run folder is there: what it holds already is not done again.
+
+    `untold` are epochs of the student that no tracker has seen.
+    """
     data = {"fingerprint": setting.data.fingerprint(), "transfer": setting.transfer.digest}
     run.must_match("data", data | {"combiner": _code_of(setting.combination.name)})
     watch.lap("data")
     chosen = config.flat(config.read_yaml(run.path("config.yaml")))
     with trackers.tracking(setting.options.track, run.folder, chosen):
+        for row in untold:
+            trackers.log_epoch("student", row)
         judges = combined(teachers_of(names, setting), setting)
         run.must_match(
             "teachers", {teacher.label: teacher.fingerprint for teacher in judges.ensemble.teachers}

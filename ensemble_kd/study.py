@@ -185,7 +185,8 @@ def _fly(
         if reason:
             log.info("study: %s and others are trained one after another: %s", new[group[0]][0].name, reason)
         else:
-            advance(len(group), note=f"a fleet of {len(group)}")
+            done = [_is_done(run_folder(folder, *new[position]), options) for position in group]
+            advance(sum(done), note=f"a fleet of {len(group)}")
 
 
 def run_folder(folder: Path, point: Point, seed: int) -> Path:

@@ -49,7 +49,7 @@ def fleets(options: Sequence[DistillOptions], most: int = 32) -> list[list[int]]
 def distill_together(options: Sequence[DistillOptions], shared: Shared) -> str:
     """Train the students of several distillations as one fleet, and finish their runs.
 
-    A student whose loss was not finite is trained by itself, which tells why.
+    A student whose loss was not finite leaves no run: it is to be distilled by itself, which tells why.
 
     Returns:
         Why they cannot be a fleet, if so; then nothing was done.
@@ -67,11 +67,12 @@ def distill_together(options: Sequence[DistillOptions], shared: Shared) -> str:
     members = [one.member for one in prepared]
     histories = fit_together(members, train, val, device, f"fleet of {len(prepared)}")
     for one, history in zip(prepared, histories, strict=True):
+        if history is None:
+            continue
         run = new_run(one.setting)
         with run.working():
-            if history is not None:
-                run.keep_network("student", one.member.model, history)
-            finish(run, one.setting, one.names, Stopwatch())
+            run.keep_network("student", one.member.model, history)
+            finish(run, one.setting, one.names, Stopwatch(), history)
     return ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from ensemble_kd import trackers
 from ensemble_kd.config import resolve
 from ensemble_kd.distillation import distill_with
+from ensemble_kd.errors import TrainingError
 from ensemble_kd.losses import LOSSES
 from ensemble_kd.runs import Run
 from ensemble_kd.schema import DistillOptions
@@ -128,12 +131,37 @@ def test_a_stack_steps_as_its_networks_do(make: Any, optimizer: str) -> None:
 
 def test_a_student_that_diverges_leaves_the_others_alone(tmp_path: Path) -> None:
     cases = [options(tmp_path / "fine"), options(tmp_path / "wild", lr=1e30)]
-    with pytest.raises(Exception, match="the loss is not finite"):
-        distill_together(cases, SHARED)
+    assert distill_together(cases, SHARED) == ""
+    assert not (tmp_path / "wild").exists()
+    with pytest.raises(TrainingError, match="the loss is not finite"):
+        distill_with(cases[1], Objects({}, shared=SHARED))
     fine = distill_with(options(tmp_path / "alone"), Objects({}, shared=SHARED))
     kept = load_student(tmp_path / "fine")
     for ours, theirs in zip(kept.parameters(), fine.student.parameters(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_trackers_are_told_of_each_student_as_if_it_were_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, list[tuple[list[str], int]]] = {}
+
+    class Listener:
+        def __init__(self, start: trackers.Start) -> None:
+            self.rows = told.setdefault(start.folder.name, [])
+
+        def log(self, row: Mapping[str, float], step: int) -> None:
+            self.rows.append((sorted(row), step))
+
+        def finish(self) -> None:
+            """Nothing is open."""
+
+    monkeypatch.setitem(trackers.TRACKERS, "tensorboard", Listener)
+    tracked = {"track": ["tensorboard"]}
+    assert distill_together([options(tmp_path / str(n), seed=n, **tracked) for n in range(2)], SHARED) == ""
+    distill_with(options(tmp_path / "alone", **tracked), Objects({}, shared=SHARED))
+    assert told["0"] == told["1"] == told["alone"]
+    assert len(told["alone"]) == 3  # two epochs, and the test split
 
 
 def test_only_what_differs_in_numbers_flies_together(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from scipy import stats
 from support import refused
@@ -30,7 +31,10 @@ from ensemble_kd.analysis.study_numbers import (
     summarise_points,
 )
 from ensemble_kd.errors import ConfigError, RunError
+from ensemble_kd.schema import DistillOptions
+from ensemble_kd.shared import Shared
 from ensemble_kd.study import study
+from ensemble_kd.together import distill_together
 
 SMALL: dict[str, Any] = {
     "teachers": ["lenet", "resnet8"],
@@ -175,11 +179,25 @@ def test_other_options_are_refused_with_the_difference_and_more_values_are_not(
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_a_point_that_diverges_is_told_and_the_others_are_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flies", [False, True])
+def test_a_point_that_diverges_is_told_and_the_others_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flies: bool
+) -> None:
+    """Alone, or in the fleet that there would be on a GPU."""
+    flown: list[int] = []
+
+    def spied(chosen: Sequence[DistillOptions], shared: Shared) -> str:
+        flown.append(len(chosen))
+        return distill_together(chosen, shared)
+
+    monkeypatch.setattr(module, "distill_together", spied)
+    if flies:
+        monkeypatch.setattr(module, "choose_device", lambda name: torch.device("cuda"))
     small = {**SMALL, "seeds": 1, "epochs": 1}
     result = study(over={"lr": [0.01, 1e30]}, **small, baseline="none", out=tmp_path / "wild")
     assert list(result.numbers["points"]) == ["lr=0.01"]
     assert result.numbers["missing"] == ["lr=1e+30"]
+    assert flown == ([2] if flies else [])
     assert "the loss is not finite" in result.numbers["failures"]["lr=1e+30, seed 0"]
     assert "could not be finished" in result.page.read_text()
     assert result.numbers["sentences"] == [
