@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,6 +45,7 @@ _OVERWRITTEN = (
 )  # fmt: skip
 """What a run writes; anything else in its folder is the user's."""
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors")
+_version = cache(metadata.version)  # reading them takes a while
 
 
 @dataclass(frozen=True)
@@ -360,7 +362,7 @@ def surroundings(device: torch.device) -> dict[str, Any]:
         "argv": sys.argv,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "versions": {"ensemble-kd": __version__, **{name: version(name) for name in _PACKAGES}},
+        "versions": {"ensemble-kd": __version__, **{name: _version(name) for name in _PACKAGES}},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),

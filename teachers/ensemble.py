@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from importlib.metadata import version
+from functools import cache, cached_property, partial
+from importlib import metadata
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,7 @@ from ensemble_kd.weighting import call, inputs_of
 _ALONE = {"count", "pool", "known", "logits", "temperatures"}
 """What weights may depend on where there is neither a label nor a student."""
 _LIBRARIES = ("torch", "timm", "torchvision", "ensemble-kd")
+_version = cache(metadata.version)  # reading them takes a while
 _DRAW_STREAM = 1000  # of the views' hash, whose first few are the views' own
 
 
@@ -187,7 +188,7 @@ class Teacher:
             "views_version": None if plain else views.VERSION,
             "precision": str(dtype).removeprefix("torch."),
             "folded": self.storable and not self.sharded,
-            **{name.replace("-", "_"): version(name) for name in _LIBRARIES},
+            **{name.replace("-", "_"): _version(name) for name in _LIBRARIES},
         }
 
     def _raw(self, images: Images, features: bool) -> tuple[Tensor, Tensor | None]:

@@ -60,6 +60,13 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
     os.environ["TORCH_HOME"] = str(tmp_path_factory.mktemp("torch"))
     torch.set_num_threads(1)  # small networks gain nothing from more, and wait for each other beside others
+    os.environ["OMP_NUM_THREADS"] = "1"  # in processes that tests start
+
+
+@pytest.fixture(scope="session")
+def shared_cache(_own_cache: None) -> str:
+    """The cache of the session, whose teachers tests share."""
+    return os.environ["EKD_CACHE"]
 
 
 class Curves:

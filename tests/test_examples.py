@@ -1,9 +1,8 @@
-"""The examples run as they stand, each in a process of its own."""
+"""The examples run as they stand."""
 
 from __future__ import annotations
 
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -26,11 +25,11 @@ SHOWS = {
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
-def test_example(name, tmp_path):
-    result = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), "--fast"],
-        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONWARNINGS": "error"},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+@pytest.mark.usefixtures("empty_folder")
+def test_example(name, shared_cache, monkeypatch, capsys):
+    monkeypatch.setenv("EKD_CACHE", shared_cache)
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLES / name), "--fast"])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    shown = capsys.readouterr().out
     for text in SHOWS[name]:
-        assert text in result.stdout
+        assert text in shown

@@ -633,7 +633,7 @@ def test_best_is_the_most_accurate_and_in_a_tie_the_one_of_lowest_nll(
 def test_weights_are_finite_and_sum_to_1_whatever_the_logits(
     name: str, kind: str, dtype: torch.dtype
 ) -> None:
-    for count, pool in itertools.product(range(1, 6), ("prob", "logit")):
+    for count, pool in itertools.product((1, 2, 5), ("prob", "logit")):
         inputs = all_inputs(count, kind, seed=count, pool=pool)
         half = {n: inputs[n].to(dtype) for n in ("val_logits", "logits", "student_logits")}
         assert_simplex(weights_of(name, inputs | half), count)
@@ -677,8 +677,8 @@ def test_weights_follow_their_teachers(name: str, count: int) -> None:
         assert not np.allclose(weights, weights.roll(1, dims=0), atol=0.01)  # so that it could fail
 
 
-# Properties: 5 × 9 combiners × 100 = 4,500 examples; those of the pools add 5,600 (test_combine.py).
-EXAMPLES = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+# Properties: 5 × 9 combiners × 25 examples; those of the pools add 7 × 150 (test_combine.py).
+EXAMPLES = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 
 
 @st.composite
