@@ -110,7 +110,9 @@ class Merged:
         key, equals, value = text.partition("=")
         key = key.strip()
         if not equals:
-            self.problems.append(Problem(f"--set {text} assigns nothing", "", "say --set a.b=value"))
+            self.problems.append(
+                Problem(f"--set {text} assigns nothing", "there is no = in it", "say --set a.b=value")
+            )
         elif key.startswith(VARIABLE):
             name = option_of(key)
             self.assign(SHORT.get(name, name), value, key)
@@ -225,7 +227,7 @@ def _translate(model: type[Options], detail: Mapping[str, Any], merged: Merged) 
     why, fix = _WANTED.get(kind, (str(detail["msg"]).replace("Input should be", "it should be"), ""))
     if kind == "literal_error":
         expected = re.findall(r"'([^']*)'", str(detail.get("ctx", {}).get("expected", "")))
-        fix = nearest(str(value), expected) or "name one of these"
+        fix = nearest(str(value), expected) or nearest(str(value).lower(), expected) or "name one of these"
     if kind == "int_parsing" and (digits := _in_digits(value)):
         why, fix = f"it should be a whole number, and {value} is a text in YAML", f"write {digits}"
     origin = merged.origin(key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -141,7 +142,7 @@ def validate_config(path: str | Path, verb: str | None = None) -> str:
     """Check a configuration as far as that goes without data and models.
 
     Args:
-        verb: whose options they are; by default that of the run that the file lies in, or `distill`.
+        verb: whose options they are; by default that of the template or of the run that it is of, or `distill`.
 
     Returns:
         The verb.
@@ -157,6 +158,9 @@ def validate_config(path: str | Path, verb: str | None = None) -> str:
 
 def _verb_beside(file: Path) -> str:
     try:
+        head = re.match(rf"# Every option of `ekd ({'|'.join(VERBS)})`", file.read_text("utf-8"))
+        if head:  # `config_template` wrote it
+            return head[1]
         verb = files.read_json(file.parent / "status.json")["verb"]
     except (OSError, ValueError, KeyError, TypeError):
         return "distill"

@@ -29,7 +29,7 @@ from ensemble_kd.setting import Objects, Setting, engine_of, prepare
 from ensemble_kd.shared import Shared
 from ensemble_kd.teachers.combination import best_alone, describe
 from ensemble_kd.teachers.ensemble import Ensemble, Teacher
-from ensemble_kd.teachers.library import recipe_of
+from ensemble_kd.teachers.library import made_from
 from ensemble_kd.teachers.targets import LiveTargets
 
 
@@ -299,24 +299,28 @@ def _conclude(
             "transfer": {"images": len(setting.transfer), "digest": setting.transfer.digest},
         },
         "combine": {"name": setting.combination.name, "code": _code_of(setting.combination.name)},
-        "teachers": [
-            {
-                "label": t.label,
-                "origin": t.origin,
-                "before": t.fingerprint,
-                "after": unchanged[t.label],
-                "recipe": recipe_of(Path(t.origin)),
-                "preprocess": t.classifier.card.to_json()["preprocess"],
-                "class_map": t.class_map and t.class_map.groups,
-            }
-            for t in ensemble.teachers
-        ],
+        "teachers": [_of_teacher(t, unchanged[t.label]) for t in ensemble.teachers],
         "networks": run.status()["networks"],
     }
     run.write_json("manifest.json", manifest)
     run.write_json("metrics.json", metrics)
     trackers.log_results(metrics)
     return metrics
+
+
+def _of_teacher(teacher: Teacher, after: str) -> dict[str, Any]:
+    """Its part of the manifest; `after` is its fingerprint now."""
+    made = made_from(Path(teacher.origin))
+    return {
+        "label": teacher.label,
+        "origin": teacher.origin,
+        "before": teacher.fingerprint,
+        "after": after,
+        "recipe": made.get("recipe"),
+        "published": bool(made.get("published")),
+        "preprocess": teacher.classifier.card.to_json()["preprocess"],
+        "class_map": teacher.class_map and teacher.class_map.groups,
+    }
 
 
 def _code_of(combine: str) -> str | None:

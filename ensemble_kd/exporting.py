@@ -174,13 +174,20 @@ def _without_folders(value: Any) -> Any:
         return {key: _without_folders(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_without_folders(item) for item in value]
-    if isinstance(value, str) and not value.startswith("hf-hub:"):
+    if isinstance(value, str) and not _is_on_the_hub(value):
         return re.sub(r"[^:@,=]*/(?=[^/])", "", value.rstrip("/"))
     return value
 
 
+def _is_on_the_hub(value: str) -> bool:
+    """Whether a name is one of the hub, and no folder of this machine."""
+    kind, _, place = value.partition(":")
+    named = re.fullmatch(r"[\w.-]*\w[\w.-]*/[\w.-]+(:[\w.-]+)?", place)
+    return kind == "hf-hub" or (kind == "hf" and named is not None and not Path(place).exists())
+
+
 def _data_of(run: Run, chosen: ExportOptions) -> Dataset | None:
-    """The run's images; None, with a warning, where they are not at hand and no option needs them."""
+    """The run's images; None, with a warning, where they are not at hand, unless eight bits need them."""
     options = config.read_yaml(run.path("config.yaml"))
     given = {k: v for k, v in options.items() if k in DataOptions.model_fields and v is not None}
     given["offline"] = chosen.offline or bool(given.get("offline"))
@@ -191,12 +198,9 @@ def _data_of(run: Run, chosen: ExportOptions) -> Dataset | None:
             return data
     except DataError as error:
         why = error.problems[0].what
-    needed = "int8" if chosen.int8 else "with_preprocess" if chosen.with_preprocess else None
-    if needed:
+    if chosen.int8:
         raise RunError(
-            f"{needed}: the images of {run.folder} cannot be had",
-            why,
-            f"bring them back, or leave {needed} out",
+            f"int8: the images of {run.folder} cannot be had", why, "bring them back, or leave int8 out"
         )
     log.warning("the export is checked on made-up images, as those of the run cannot be had: %s", why)
     return None

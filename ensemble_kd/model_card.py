@@ -12,6 +12,7 @@ import yaml
 from ensemble_kd.errors import printable
 from ensemble_kd.exported import INT8, ONNX, PT2, README
 from ensemble_kd.files import readable
+from ensemble_kd.names import label_of
 from ensemble_kd.results import verdict
 from ensemble_kd.students import STUDENTS
 
@@ -35,7 +36,7 @@ def card_text(
     """
     own = config["ensemble_kd"]
     parts = [
-        _front(config),
+        _front(config, manifest),
         f"# {_md(own['card']['model'])} on {_md(own['card']['data'])}",
         _summary(own, metrics),
         "## Data\n" + _data(config, metrics, manifest),
@@ -53,14 +54,18 @@ def _md(text: object) -> str:
     return re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", html.escape(printable(str(text)), quote=False))
 
 
-def _front(config: Mapping[str, Any]) -> str:
+def _front(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     own = config["ensemble_kd"]
     values: dict[str, Any] = {
         "pipeline_tag": "image-classification",
         "library_name": "timm" if own["format"] == "timm" else "ensemble-kd",
         "tags": ["image-classification", "knowledge-distillation", "ensemble-kd"],
     }
-    if bases := [base for name in _teachers(own) if (base := _hub_id(name))]:
+    options = own["run"]["config"]
+    started = {row["label"] for row in manifest.get("teachers", []) if row.get("published")}
+    names = [*_teachers(own), str(options.get("student") or options.get("model"))]
+    found = [_hub_id(name, label_of(name) in started) for name in names]
+    if bases := list(dict.fromkeys(filter(None, found))):
         values["base_model"] = bases
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
 
@@ -69,12 +74,12 @@ def _teachers(own: Mapping[str, Any]) -> list[str]:
     return list(own["run"]["config"].get("teachers", []))
 
 
-def _hub_id(teacher: str) -> str:
-    """The repository on the hub that a teacher's name asks for; empty where it asks for none."""
-    if teacher.startswith("hf-hub:"):
-        return teacher.removeprefix("hf-hub:").partition("#")[0]
-    name = teacher.removeprefix("timm:").partition("#")[0]
-    if "." not in name or ":" in name or "@" in name or "/" in name:
+def _hub_id(network: str, started: bool = False) -> str:
+    """The repository on the hub whose weights a name asks for, or `started` from; empty where there is none."""
+    if network.startswith("hf-hub:"):
+        return network.removeprefix("hf-hub:").partition("#")[0]
+    name = network.removeprefix("timm:").partition("#")[0]
+    if not ("." in name or started) or ":" in name or "@" in name or "/" in name:
         return ""
     import timm
 
@@ -186,7 +191,12 @@ def _graph_input(own: Mapping[str, Any]) -> str:
         channels, height, width = own["shape"]
         return f"uint8 (B, {channels}, {height}, {width}): resizing and normalising are inside the graph"
     height, width = pre["size"]
-    return f"float32 (B, {pre['channels']}, {height}, {width}): (images / 255 - mean) / std of config.json"
+    resized = (
+        ""
+        if own["shape"][1:] == pre["size"]
+        else f", of images resized to {height}×{width} (bilinear, antialiased)"
+    )
+    return f"float32 (B, {pre['channels']}, {height}, {width}): (images / 255 - mean) / std of config.json{resized}"
 
 
 def _by_onnx(own: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ensemble_kd.errors import ModelError, listing, nearest, nearest_path
+from ensemble_kd.errors import ModelError, listing, nearest, nearest_path, shortened
 from ensemble_kd.forms import to_small_form
 from ensemble_kd.names import LIBRARIES, label_of, split_seed, split_weights
 from ensemble_kd.students import STUDENTS, own_size
@@ -264,7 +264,11 @@ def user_object(where: str) -> Any:
     if path.suffix != ".py" or not path.is_file():
         raise ModelError(
             f"py:{where} names no Python file",
-            f"{file!r} does not end in .py" if path.is_file() else f"there is no file {file!r}",
+            f"{file!r} does not end in .py"
+            if path.is_file()
+            else f"there is no file {file!r}"
+            if file
+            else "the name of a function should stand behind the file",
             "write py:path/to/file.py:factory",
         )
     spec = importlib.util.spec_from_file_location(f"ekd_user_{path.stem}", path)
@@ -289,8 +293,8 @@ def user_object(where: str) -> Any:
     return getattr(module, attribute)
 
 
-def accepts(name: ModelName, *, num_classes: int, channels: int, size: int, form: str = "stock") -> bool:
-    """Whether the network takes square images of side `size`, found by a dry forward without memory."""
+def refusal(name: ModelName, *, num_classes: int, channels: int, size: int, form: str = "stock") -> str:
+    """Why the network does not take square images of side `size`, or nothing: by a dry forward without memory."""
     for device in ("meta", "cpu"):
         if name.library == "py" and device == "meta":
             continue  # a user's code need not run without data
@@ -299,15 +303,23 @@ def accepts(name: ModelName, *, num_classes: int, channels: int, size: int, form
                 net = build(name, num_classes=num_classes, channels=channels, size=size, form=form).eval()
                 # torchvision's networks take three channels, whatever is asked for.
                 took = 3 if name.library == "tv" else channels
-                logits = net(torch.zeros(2, took, size, size))
-                return isinstance(logits, Tensor) and tuple(logits.shape) == (2, num_classes)
+                return _no_logits(net(torch.zeros(2, took, size, size)), num_classes)
         except NotImplementedError:
             continue  # an operation without a meta form: run it for real
         except ModelError:
             raise  # the user's own code cannot be built at all
-        except Exception:  # networks refuse sizes in many ways
-            return False
-    return False
+        except Exception as error:  # networks refuse sizes in many ways
+            return " ".join(f"{type(error).__name__}: {error}".split())
+    return "it cannot be run"
+
+
+def _no_logits(found: object, num_classes: int) -> str:
+    """Why what a network gave for two images is not one logit a class, or nothing."""
+    if not isinstance(found, Tensor):
+        return f"it gave {type(found).__name__} and no tensor"
+    if tuple(found.shape) != (2, num_classes):
+        return f"it gave {tuple(found.shape)} for two images, which should be (2, {num_classes}): logits of {num_classes} classes"
+    return ""
 
 
 def smallest_input(name: ModelName, *, num_classes: int, channels: int, form: str, at_least: int = 8) -> int:
@@ -316,13 +328,16 @@ def smallest_input(name: ModelName, *, num_classes: int, channels: int, form: st
     Raises:
         ModelError: it takes none of them.
     """
+    first = ""
     for size in sorted({at_least, *(step for step in _LADDER if step > at_least)}):
-        if accepts(name, num_classes=num_classes, channels=channels, size=size, form=form):
+        why = refusal(name, num_classes=num_classes, channels=channels, size=size, form=form)
+        if not why:
             return size
+        first = first or why
     raise ModelError(
         f"{name.label!r} took no square image from {at_least} to {_LADDER[-1]} pixels",
-        "a dry forward failed at every size, or did not give one logit a class",
-        "check it with `ekd models`, or choose another model",
+        f"at {at_least} pixels: {shortened(first)}",
+        "mend its code" if name.library == "py" else "choose another model: `ekd models` lists them",
     )
 
 
@@ -350,7 +365,7 @@ def choose_size(
         if form == "stock" and name.library in ("timm", "tv") and image_size > SMALL_IMAGE:
             return library_size(name)
         return smallest_input(name, at_least=image_size, **facts)  # type: ignore[arg-type]
-    if accepts(name, size=wanted, **facts):  # type: ignore[arg-type]
+    if not refusal(name, size=wanted, **facts):  # type: ignore[arg-type]
         return wanted
     smallest = smallest_input(name, at_least=8, **facts)  # type: ignore[arg-type]
     raise ModelError(

@@ -149,7 +149,9 @@ class Run:
         if not (folder / "status.json").is_file() or not (folder / "config.yaml").is_file():
             raise RunError(
                 f"{folder} is no run folder",
-                "it has no config.yaml and status.json",
+                "it has no config.yaml and status.json"
+                if folder.exists()
+                else "there is nothing at that path",
                 nearest_path(folder) or "name a folder made by `ekd distill`",
             )
         return cls(folder)

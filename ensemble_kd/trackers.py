@@ -6,8 +6,9 @@ stops a training.
 
 from __future__ import annotations
 
+import io
+import re
 import secrets
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 
 from ensemble_kd import distributed, files
 from ensemble_kd.console import log
-from ensemble_kd.errors import ConfigError, Problem
+from ensemble_kd.errors import ConfigError, Problem, printable
 
 PROJECT = "ensemble-kd"
 FOLDER = "tracking"
@@ -162,7 +163,7 @@ class Tracking:
 
     def _try(self, name: str, work: Callable[[], None]) -> None:
         try:
-            with redirect_stdout(sys.stderr):  # stdout is for results
+            with _overheard():
                 work()
         except Exception as error:  # whatever a package, its network or its disk comes up with
             del self.trackers[name]
@@ -198,7 +199,7 @@ def _started(names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> d
     start, found = Start(folder, config, files.read_json(note)["id"], resumed), {}
     for name in names:
         try:
-            with redirect_stdout(sys.stderr):
+            with _overheard():
                 found[name] = TRACKERS[name](start)
         except Exception as error:
             if not resumed:
@@ -207,6 +208,18 @@ def _started(names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> d
                 raise ConfigError(f"track: {name} cannot be started", _first_line(error), fix) from error
             log.warning("%s cannot be started, and the run goes on without it: %s", name, _first_line(error))
     return found
+
+
+@contextmanager
+def _overheard() -> Iterator[None]:
+    """What a package prints becomes log lines without colours: stdout is for results."""
+    said = io.StringIO()
+    try:
+        with redirect_stdout(said):
+            yield
+    finally:
+        for line in filter(str.strip, re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()).splitlines()):
+            log.info("%s", printable(line))
 
 
 def _first_line(error: Exception) -> str:

@@ -27,7 +27,7 @@ from ensemble_kd.models import parse
 from ensemble_kd.runs import Run, Stopwatch, surroundings
 from ensemble_kd.schema import TrainOptions
 from ensemble_kd.setting import engine_of
-from ensemble_kd.teachers.library import history_of, recipe_of
+from ensemble_kd.teachers.library import history_of, made_from
 from ensemble_kd.teachers.registry import can_be_trained, check_teacher, load_teacher
 
 
@@ -157,7 +157,7 @@ def _train(
         )
         folder = Path(teacher.origin)
         run.keep_network("model", teacher.classifier, history_of(folder))
-        return teacher.classifier, recipe_of(folder)
+        return teacher.classifier, made_from(folder).get("recipe")
     classifier = new_classifier(name, data, **common)
     recipe = recipes.student_recipe(classifier, len(data.train), overrides)
     with deferred():  # who asks to stop at the very end finds the network kept

@@ -222,7 +222,7 @@ def _store(folder: Path) -> Iterator[Finding]:
 def _export(folder: Path) -> Iterator[Finding]:
     findings = list(_summed(folder))
     yield from findings
-    if all(finding.ok for finding in findings):
+    if all(finding.ok is not False for finding in findings):
         yield _answers_again(folder)
     else:
         yield Finding("the network", None, "damaged files are not loaded")
@@ -240,12 +240,12 @@ def _summed(folder: Path) -> Iterator[Finding]:
     yield Finding(SUMS, as_written, "" if as_written else "it is not what was written")
     there = {path.name for path in folder.iterdir()} - {SUMS}
     for name in sorted(there | digests.keys()):
-        named = name in digests
-        yield (
-            _hashed(folder, name, digests[name])
-            if named
-            else Finding(name, False, f"{SUMS} does not name it")
-        )
+        if name in digests:
+            yield _hashed(folder, name, digests[name])
+        elif name.startswith("."):  # as what the hub and version control add
+            yield Finding(name, None, f"{SUMS} does not name it, as no hidden file")
+        else:
+            yield Finding(name, False, f"{SUMS} does not name it")
 
 
 def _answers_again(folder: Path) -> Finding:

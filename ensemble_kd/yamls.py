@@ -35,7 +35,8 @@ class _Plain:
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} is no key", node.start_mark)
             if keys[:number].count(key) == 1:
                 why = f"the key {key!r} stands there twice"
-                self.twice.append(yaml.constructor.ConstructorError(None, None, why, node.start_mark))
+                mark = node.value[number][0].start_mark
+                self.twice.append(yaml.constructor.ConstructorError(None, None, why, mark))
         return super().construct_mapping(node, deep)  # type: ignore[misc]
 
 

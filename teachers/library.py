@@ -119,10 +119,10 @@ def _read(facts: Path) -> dict[str, Any] | None:
     return values if complete else None
 
 
-def recipe_of(folder: Path) -> dict[str, Any] | None:
-    """The recipe of a kept teacher; None for a teacher that was not trained here."""
+def made_from(folder: Path) -> dict[str, Any]:
+    """What a kept teacher was made from, as `recipe`, `published` and more; nothing for one not trained here."""
     facts = folder / "teacher.json"
-    return files.read_json(facts)["made_from"]["recipe"] if facts.is_file() else None
+    return dict(files.read_json(facts)["made_from"]) if facts.is_file() else {}
 
 
 def history_of(folder: Path) -> list[dict[str, Any]]:

@@ -487,7 +487,7 @@ refuses(
     "no option has that name", "did you mean 'device'?",
 )  # fmt: skip
 refuses(
-    38, "duplicate YAML key", CONFIG, "cannot read c.yaml, line 1", "the key 'seed' stands there twice",
+    38, "duplicate YAML key", CONFIG, "cannot read c.yaml, line 2", "the key 'seed' stands there twice",
     "mend that line", partial(write, "c.yaml", "seed: 1\nseed: 2\n"),
 )  # fmt: skip
 refuses(

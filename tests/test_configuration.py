@@ -154,7 +154,7 @@ def test_validate_tells_everything_at_once(tmp_path):
     result = ekd("config", "validate", file)
     assert result.exit_code == 2
     assert [line for line in result.stderr.splitlines() if line.startswith("error: ")] == [
-        f"error: cannot read {file}, line 1",
+        f"error: cannot read {file}, line 2",
         f"error: cannot read {file}, line 4",
         f"error: {file}: 'epochs' and 'training' both say training.epochs",
         "error: training.lr: 0 cannot be used",

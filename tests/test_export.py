@@ -229,6 +229,24 @@ def test_a_student_s_card_has_the_run_s_numbers(finished, tmp_path):
     assert student.fingerprint() == finished.student.fingerprint()
 
 
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("hf:org/name", "hf:org/name"),
+        ("hf:org/name:part", "hf:org/name:part"),
+        ("hf:/home/me/cats", "hf:cats"),
+        ("hf:~/cats", "hf:cats"),
+        ("hf:../cats", "hf:cats"),
+        ("hf-hub:org/net", "hf-hub:org/net"),
+        ("imagefolder:/home/me/cats/", "imagefolder:cats"),
+    ],
+)
+def test_no_folder_of_this_machine_is_told_and_names_of_the_hub_are(name, kept):
+    from ensemble_kd.exporting import _without_folders
+
+    assert _without_folders(name) == kept
+
+
 def test_teachers_that_the_hub_has_are_its_base_models():
     from ensemble_kd.model_card import _hub_id
 
@@ -241,6 +259,10 @@ def test_teachers_that_the_hub_has_are_its_base_models():
         "tv:vgg16@X",
     ]
     assert list(map(_hub_id, names)) == ["timm/resnet18.a1_in1k", "org/net", "", "", "", ""]
+    assert (
+        _hub_id("resnet18#3", True) == "timm/resnet18.a1_in1k"
+    )  # of published weights, by timm's default tag
+    assert _hub_id("tv:vgg16", True) == ""
 
 
 def test_an_export_is_a_teacher(exported, few_digits):
@@ -293,9 +315,12 @@ def test_without_the_run_s_images_made_up_ones_are_taken(odd, tmp_path):
     )
     assert result.checked["of"] == "made-up images"
     assert "held against the run's network on 40 made-up images" in (result.folder / "README.md").read_text()
-    fix = "bring them back, or leave with_preprocess out"
-    with refused(RunError, f"with_preprocess: the images of {odd} cannot be had", why, fix):
-        export(odd, format="torch", with_preprocess=True, out=tmp_path / "f")
+    inside = export(odd, format="torch", with_preprocess=True, out=tmp_path / "f")
+    assert inside.checked["of"] == "made-up images"
+    with refused(
+        RunError, f"int8: the images of {odd} cannot be had", why, "bring them back, or leave int8 out"
+    ):
+        export(odd, format="onnx", int8=True, out=tmp_path / "g")
 
 
 CODE = """

@@ -272,8 +272,11 @@ def test_a_name_without_a_python_file_is_refused(tmp_path, monkeypatch, where, f
         f"py:{where} names no Python file",
         "write py:path/to/file.py:factory",
     )
-    if not file.endswith(".txt"):
-        assert problem.why == f"there is no file {file!r}"
+    assert problem.why == {
+        "gone.py": "there is no file 'gone.py'",
+        "": "the name of a function should stand behind the file",
+        "notes.txt": "'notes.txt' does not end in .py",
+    }[file]
 
 
 # --- The project's own networks ------------------------------------------------------------------
@@ -409,16 +412,21 @@ def test_a_size_that_is_too_small_is_refused(name, wanted, smallest):
 
 
 @pytest.mark.parametrize(
-    ("attribute", "error"),
-    [("Seven", ""), ("Pair", ""), *(("Raises", e) for e in ("RuntimeError", "TypeError", "KeyError"))],
+    ("attribute", "error", "why"),
+    [
+        ("Seven", "", "it gave (2, 7) for two images, which should be (2, 10): logits of 10 classes"),
+        ("Pair", "", "it gave tuple and no tensor"),
+        ("Raises", "RuntimeError", "RuntimeError: no"),
+        ("Raises", "KeyError", "KeyError: 'no'"),
+    ],
 )
-def test_a_network_that_takes_no_size_is_refused(tmp_path, attribute, error):
+def test_a_network_that_takes_no_size_is_refused(tmp_path, attribute, error, why):
     name = parse(f"py:{mine(tmp_path, error or 'RuntimeError')}:{attribute}")
     with refused(
         ModelError,
         f"{attribute!r} took no square image from 8 to 512 pixels",
-        "a dry forward failed at every size, or did not give one logit a class",
-        "check it with `ekd models`, or choose another model",
+        f"at 8 pixels: {why}",
+        "mend its code",
     ):
         smallest_input(name, **FACTS, form="stock")
 

@@ -107,6 +107,9 @@ def test_a_flipped_bit_in_any_file_of_an_export_is_found(onnx, tmp_path):
             flip(folder / name, seed)
             assert noticed(folder, name), (name, seed)
     shutil.copytree(onnx, tmp_path / "more")
+    (tmp_path / "more" / ".gitattributes").write_text("*.onnx filter=lfs\n")
+    assert verify(tmp_path / "more").damaged == []
+    assert verify(tmp_path / "more").findings[-1].ok
     (tmp_path / "more" / "extra.bin").write_bytes(b"x")
     (tmp_path / "more" / "labels.json").unlink()
     assert {str(finding) for finding in verify(tmp_path / "more").damaged} == {

@@ -89,9 +89,9 @@ def show(
 
 @config.command("validate")
 def validate(
-    file: Annotated[Path, typer.Argument(help="YAML file")],
+    file: Annotated[str, typer.Argument(help="YAML file")],
     verb: Annotated[
-        str | None, typer.Argument(help="whose options; that of the run it lies in, or distill")
+        str | None, typer.Argument(help="whose options; by default those it was written for, or of distill")
     ] = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -102,7 +102,9 @@ def validate(
     def work() -> None:
         from ensemble_kd.configuration import validate_config
 
-        found = validate_config(file, verb)
-        emit(json, {"file": str(file), "verb": found}, f"{file}: nothing is wrong with it, for ekd {found}")
+        turned = verb is not None and verb not in VERBS and file in VERBS  # as with init and show
+        path, wanted = (str(verb), file) if turned else (file, verb)
+        found = validate_config(path, wanted)
+        emit(json, {"file": path, "verb": found}, f"{path}: nothing is wrong with it, for ekd {found}")
 
     guarded(work, quiet=quiet, debug=debug)
