@@ -142,7 +142,7 @@ def _finished(folder: Path, points: Mapping[str, Point], seeds: int) -> list[tup
     found = []
     for point in points.values():
         for seed in range(seeds):
-            path = folder / "points" / point.name / f"seed-{seed}"
+            path = folder / "points" / point.folder / f"seed-{seed}"
             if (path / "metrics.json").is_file() and (path / "status.json").is_file():
                 found.append((point, seed, Run.open(path)))
     if not found:

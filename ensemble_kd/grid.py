@@ -91,13 +91,21 @@ class Point:
     """One setting of a study, which is trained from several seeds."""
 
     name: str
-    """Its settings as text; also the name of its folder."""
+    """Its settings as text."""
     settings: Mapping[str, Any]
     """Values by dimension, in their order; a baseline on labels has none where they say nothing."""
     given: Mapping[str, Any]
     """Options of `distill`, without a seed."""
     baseline: str | None
     """The point that it is compared with; None for a baseline itself."""
+
+    @property
+    def folder(self) -> str:
+        """Its name as that of a folder."""
+        name = re.sub(r"[^A-Za-z0-9_.,=+-]+", "-", self.name)
+        if name == self.name and len(name) <= _LONGEST:
+            return name
+        return f"{name[:_LONGEST]}-{sha256(self.name.encode()).hexdigest()[:8]}"
 
     def options(self, seed: int, **more: Any) -> DistillOptions:
         """The options of one run.
@@ -206,16 +214,8 @@ def _is_soft(name: str) -> bool:
 
 
 def _point(settings: Mapping[str, Any], given: Mapping[str, Any]) -> Point:
-    return Point(_name(settings), dict(settings), dict(given), None)
-
-
-def _name(settings: Mapping[str, Any]) -> str:
-    """Settings as text that can be a file's name."""
-    text = ",".join(f"{name}={shown(value)}" for name, value in settings.items())
-    name = re.sub(r"[^A-Za-z0-9_.,=+-]+", "-", text)
-    if name != text or len(name) > _LONGEST:
-        name = f"{name[:_LONGEST]}-{sha256(text.encode()).hexdigest()[:8]}"
-    return name
+    name = ",".join(f"{name}={shown(value)}" for name, value in settings.items())
+    return Point(name, dict(settings), dict(given), None)
 
 
 def shown(value: Any) -> str:

@@ -191,7 +191,7 @@ def _fly(
 
 def run_folder(folder: Path, point: Point, seed: int) -> Path:
     """The run of a point from a seed."""
-    return folder / "points" / point.name / f"seed-{seed}"
+    return folder / "points" / point.folder / f"seed-{seed}"
 
 
 def _is_finished(folder: Path) -> bool:
