@@ -18,6 +18,8 @@ from filelock import FileLock
 from PIL import Image
 from torch import nn
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries of the hub are imported
+
 # Shapes in annotations are checked in the tests only; this must precede the first import of the modules.
 jaxtyping.install_import_hook(
     [
@@ -56,7 +58,6 @@ from ensemble_kd.weights import load_student  # noqa: E402
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nothing is read from or written to the user's cache, and nothing is downloaded."""
     os.environ["EKD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
     os.environ["TORCH_HOME"] = str(tmp_path_factory.mktemp("torch"))
     torch.set_num_threads(1)  # small networks gain nothing from more, and wait for each other beside others

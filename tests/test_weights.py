@@ -31,7 +31,7 @@ from ensemble_kd.students import STUDENTS
 from ensemble_kd.teachers.registry import load_teacher
 from ensemble_kd.weights import fill, load_student, read_card, save_classifier
 
-NAMES = ("lenet", "resnet8", "timm:mobilenetv3_small_050", "tv:squeezenet1_1", "timm:vgg11")
+NAMES = ("lenet", "resnet8", "timm:mobilenetv3_small_050", "tv:squeezenet1_1")
 
 
 @pytest.fixture
