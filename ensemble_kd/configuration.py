@@ -12,7 +12,7 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from ensemble_kd import files
-from ensemble_kd.config import SHORT, VARIABLE, keys, resolved, table_at, variable_of
+from ensemble_kd.config import SHORT, VARIABLE, keys, option_of, resolved, table_at, variable_of
 from ensemble_kd.errors import ConfigError, Problem, listing, nearest
 from ensemble_kd.fields import Options
 
@@ -180,6 +180,7 @@ def from_environment(model: type[Options], environment: Mapping[str, str]) -> li
         for name, value in environment.items()
         if name.startswith(VARIABLE) and not name.startswith("EKD_TEST_") and name not in _OTHERS and value
     }
+    _said_once(given)
     own = _variables(model)
     if set(given) <= own:  # most often; the models of all other verbs need not be loaded
         return [f"{name}={value}" for name, value in given.items()]
@@ -195,6 +196,17 @@ def from_environment(model: type[Options], environment: Mapping[str, str]) -> li
     if problems:
         raise ConfigError(problems)
     return [f"{name}={value}" for name, value in given.items() if name in own]
+
+
+def _said_once(given: Mapping[str, str]) -> None:
+    """Refuse an option that two variables name, as a file with both names is refused."""
+    names: dict[str, str] = {}
+    for variable in given:
+        option = SHORT.get(option_of(variable), option_of(variable))
+        if other := names.get(option):
+            what = f"environment: {other} and {variable} both say {option}"
+            raise ConfigError(what, "one of them would be lost", "unset one of the two")
+        names[option] = variable
 
 
 def _variables(model: type[Options]) -> set[str]:

@@ -105,6 +105,16 @@ def test_variables_of_other_verbs_are_left_alone_and_unknown_ones_refused():
         configuration.from_environment(DistillOptions, {"EKD_CASHE": "/x"})
 
 
+def test_an_option_under_two_variables_is_refused():
+    with refused(
+        ConfigError,
+        "environment: EKD_EPOCHS and EKD_TRAINING__EPOCHS both say training.epochs",
+        "one of them would be lost",
+        "unset one of the two",
+    ):
+        configuration.from_environment(DistillOptions, {"EKD_EPOCHS": "3", "EKD_TRAINING__EPOCHS": "4"})
+
+
 def test_a_wrong_variable_is_told_with_its_name():
     result = ekd("distill", "--teachers", "lenet", EKD_TEMPERATURE="-2", EKD_WEIGHTS="a")
     assert result.exit_code == 2

@@ -18,6 +18,10 @@ SHOWS = {
         "mean 0.",
     ],
     "own_images.py": ["teacher my_network", "control best-teacher", "student"],
+    "several_machines.py": [
+        "machine 1: python -m torch.distributed.run",
+        "runs/together: nothing is damaged",
+    ],
     "compress_for_deployment.py": ["onnxruntime alone: {", "run deploy: ", " 0 damaged", "export onnx: "],
     "study_a_student.py": ["temperature=4", "Chosen on the validation split", "agreement-pairs.png"],
     "toy_surface.py": ["student says the same on the grid as teacher relu", "control on labels says"],

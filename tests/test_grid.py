@@ -92,7 +92,7 @@ def test_a_setting_can_be_the_baseline_or_nothing() -> None:
 def test_names_of_points_can_be_files_and_differ() -> None:
     long = {"teachers": [["lenet", "resnet8"], ["a/b" * 60], ["a/b" * 60 + "c"]]}
     found = points(over=long, baseline="none")
-    assert list(found)[0] == "teachers=lenet+resnet8"
+    assert next(iter(found)) == "teachers=lenet+resnet8"
     names = [point.folder for point in found.values()]
     assert len(set(names)) == 3
     assert names[0] == "teachers=lenet+resnet8"

@@ -272,11 +272,14 @@ def test_a_name_without_a_python_file_is_refused(tmp_path, monkeypatch, where, f
         f"py:{where} names no Python file",
         "write py:path/to/file.py:factory",
     )
-    assert problem.why == {
-        "gone.py": "there is no file 'gone.py'",
-        "": "the name of a function should stand behind the file",
-        "notes.txt": "'notes.txt' does not end in .py",
-    }[file]
+    assert (
+        problem.why
+        == {
+            "gone.py": "there is no file 'gone.py'",
+            "": "the name of a function should stand behind the file",
+            "notes.txt": "'notes.txt' does not end in .py",
+        }[file]
+    )
 
 
 # --- The project's own networks ------------------------------------------------------------------

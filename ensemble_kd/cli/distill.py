@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ensemble_kd import distributed
 from ensemble_kd.cli.options import (
     NO_TRAIN,
     Debug,
@@ -111,7 +112,8 @@ def _show(result: DistillResult, as_json: bool) -> None:
 
     emit(as_json, {"run": str(result.folder), **result.metrics}, metrics_table(result.metrics))
     took = sum(result.metrics["seconds"].values())
-    print(f"\ntook {took:.0f} s; curves in {result.folder / 'curves.png'}", file=sys.stderr)
+    if distributed.speaks():
+        print(f"\ntook {took:.0f} s; curves in {result.folder / 'curves.png'}", file=sys.stderr)
     hint_next(
         ["ekd", "report", result.folder, "--quick"],
         ["ekd", "predict", result.folder, "IMAGE.jpg"],
