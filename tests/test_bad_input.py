@@ -468,6 +468,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
         for name, kind in odd.items()
     ]
     members.append(("zip", "cat/link", tarfile.SYMTYPE, "../x", "'cat/link' is neither a file nor a folder"))
+    members.append(("zip", "", tarfile.REGTYPE, "", "it has no name"))
     for ending, name, kind, target, why in members:
         archive(ending, name, kind, target)
         before = tree()

@@ -217,3 +217,16 @@ def test_other_paths_are_refused(tmp_path):
         f"did you mean {str(tmp_path / 'mine')!r}?",
     ):
         verify(tmp_path / "mien")
+
+
+def test_a_check_without_its_answers_is_told(onnx, tmp_path):
+    """Also where the checksums were made anew, so that they agree."""
+    folder = tmp_path / "e"
+    shutil.copytree(onnx, folder)
+    kept = safetensors.torch.load_file(folder / "check.safetensors")
+    safetensors.torch.save_file({"images": kept["images"]}, folder / "check.safetensors")
+    digests = {path.name: files.sha256_file(path) for path in folder.iterdir() if path.name != files.SUMS}
+    (folder / files.SUMS).write_text(files.sums_of(digests))
+    assert [str(finding) for finding in verify(folder).damaged] == [
+        "damaged      the network, reloaded: check.safetensors holds no 'logits'"
+    ]

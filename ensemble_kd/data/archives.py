@@ -105,6 +105,8 @@ def _check(archive: Path, members: Iterable[_Member], folder: Path) -> None:
     for name, size, plain in members:
         if not plain:
             raise _foreign(archive, f"{name!r} is neither a file nor a folder")
+        if not name:
+            raise _foreign(archive, "it has no name")
         if name.startswith(("/", "\\")) or ".." in PurePosixPath(name.replace("\\", "/")).parts:
             raise _foreign(archive, f"{name!r} would be written outside the folder")
         total += max(size, _BLOCK)
