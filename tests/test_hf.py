@@ -236,9 +236,12 @@ def test_a_row_names_no_file_outside_of_the_data_set():
     for path, why in (
         (
             str(Path("x.png").resolve()),
-            f"the row names a file outside of the data set: {Path('x.png').resolve()}",
+            f"the row names a file outside of the data set, where save_to_disk would take it: {Path('x.png').resolve()}",
         ),
-        ("/dev/zero", "the row names a file outside of the data set: /dev/zero"),
+        (
+            "/dev/zero",
+            "the row names a file outside of the data set, where save_to_disk would take it: /dev/zero",
+        ),
         (
             str(Path("there/no.png").resolve()),
             f"the row names a file that is not there: {Path('there/no.png').resolve()}",

@@ -285,7 +285,9 @@ class Rows:
             raise OSError("the row has no image")
         real = os.path.realpath(path)
         if not any(os.path.commonpath([real, folder]) == folder for folder in self._folders):
-            raise OSError(f"the row names a file outside of the data set: {cut(path)}")
+            raise OSError(
+                f"the row names a file outside of the data set, where save_to_disk would take it: {cut(path)}"
+            )
         if not os.path.isfile(real):
             raise OSError(f"the row names a file that is not there: {cut(path)}")
         return real
