@@ -36,7 +36,7 @@ _API = {
     "analyze_features": "ensemble_kd.analysis.features",
     "analyze_surface": "ensemble_kd.analysis.surface",
     "report": "ensemble_kd.analysis.report",
-    "study": "ensemble_kd.study",
+    "study": "ensemble_kd.studying",
     "analyze_teachers": "ensemble_kd.analysis.teachers",
     "build_targets": "ensemble_kd.judges",
     "list_targets": "ensemble_kd.teachers.stored",
@@ -72,7 +72,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from ensemble_kd.planning import plan as plan
     from ensemble_kd.predicting import predict_images as predict_images
     from ensemble_kd.resuming import resume as resume
-    from ensemble_kd.study import study as study
+    from ensemble_kd.studying import study as study
     from ensemble_kd.teachers.catalogue import list_models as list_models
     from ensemble_kd.teachers.registry import load_teacher as load_teacher
     from ensemble_kd.teachers.stored import list_targets as list_targets

@@ -235,9 +235,9 @@ def test_a_value_that_is_no_class_is_refused(tmp_path, text, name, value):
 
 
 UNREADABLE = [
-    ("cat: a\ncat: b", ", line 1", "the key 'cat' stands there twice"),
-    ("1: a\n'1': b", ", line 1", "the key '1' stands there twice"),
-    ("teacher_classes: 2\nmap:\n  cat: a\n  cat: b", ", line 3", "the key 'cat' stands there twice"),
+    ("cat: a\ncat: b", ", line 2", "the key 'cat' stands there twice"),
+    ("1: a\n'1': b", ", line 2", "the key '1' stands there twice"),
+    ("teacher_classes: 2\nmap:\n  cat: a\n  cat: b", ", line 4", "the key 'cat' stands there twice"),
     ("[a]: b", ", line 1", "['a'] is no key"),
     ("? {a: b}\n: c", ", line 1", "{'a': 'b'} is no key"),
     ("cat: [a", ", line 1", "expected ',' or ']', but got '<stream end>'"),

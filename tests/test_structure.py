@@ -56,7 +56,7 @@ LEVELS = [
     {"analysis.subjects", "resuming", "planning", "together", "analysis.plots_study", "analysis.study_page"},
     {"analysis.agreement", "analysis.calibration", "analysis.features", "analysis.surface", "analysis.teachers"},
     {"analysis.gather", "analysis.studies", "analysis.report"},
-    {"study"},
+    {"studying"},
     {"cli.completion"},
     {"cli.options"},
     {
@@ -171,3 +171,10 @@ def test_the_public_names_are_importable():
         assert getattr(ensemble_kd, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = ensemble_kd.nothing
+
+
+def test_no_public_name_is_that_of_a_module():
+    """Importing the module would put it in the name's place."""
+    import ensemble_kd
+
+    assert not set(ensemble_kd.__all__) & set(sources())

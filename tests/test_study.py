@@ -20,7 +20,7 @@ from scipy import stats
 from support import refused
 
 import ensemble_kd
-from ensemble_kd import study as module
+from ensemble_kd import studying as module
 from ensemble_kd.analysis.intervals import t_interval
 from ensemble_kd.analysis.studies import StudyResult
 from ensemble_kd.analysis.study_numbers import (
@@ -33,7 +33,7 @@ from ensemble_kd.analysis.study_numbers import (
 from ensemble_kd.errors import ConfigError, RunError
 from ensemble_kd.schema import DistillOptions
 from ensemble_kd.shared import Shared
-from ensemble_kd.study import study
+from ensemble_kd.studying import study
 from ensemble_kd.together import distill_together
 
 SMALL: dict[str, Any] = {

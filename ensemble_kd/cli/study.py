@@ -43,7 +43,7 @@ _SWITCHES = {**NO_TRAIN, "fleet": ("--no-fleet", "train every point by itself")}
 @verb(StudyOptions, _FLAGS, arguments=["study"], switches=_SWITCHES)
 def study(given: dict[str, Any], config: Path | None, sets: list[str], as_json: bool) -> None:
     """Vary any options of distill over a grid and seeds, and say what they change."""
-    from ensemble_kd.study import study as run
+    from ensemble_kd.studying import study as run
 
     result = run(given.pop("study", None), config_file=config, sets=sets, **given)
     emit(as_json, {"folder": str(result.folder), **result.numbers}, result.table())

@@ -238,7 +238,7 @@ def _helpers(folder: Path, jobs: int) -> Iterator[None]:
         return
     before = torch.get_num_threads()
     threads = max(1, before // jobs)
-    code = "import sys; from ensemble_kd.study import work; work(sys.argv[1])"
+    code = "import sys; from ensemble_kd.studying import work; work(sys.argv[1])"
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     helpers = [
         subprocess.Popen([sys.executable, "-c", code, str(folder)], env=environment) for _ in range(jobs - 1)
