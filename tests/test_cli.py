@@ -42,7 +42,7 @@ def test_every_flag_has_a_help_text(verb):
     assert all(len(line.split()) >= 3 for line in flags), flags
 
 
-def test_the_main_road_as_a_user_walks_it(tmp_path):
+def test_the_main_road_as_a_user_walks_it(tmp_path, monkeypatch):
     """distill, then the newest run is analysed, the student judged, and everything is JSON on demand."""
     run = tmp_path / "runs" / "mine"
     made = shell("distill", "--teachers", "lenet,resnet8", *QUICK, "--out", run, cwd=tmp_path)
@@ -52,12 +52,13 @@ def test_the_main_road_as_a_user_walks_it(tmp_path):
         assert f"  ekd {command}\n" in made.stderr
     assert "Traceback" not in made.stderr
 
-    agreement = shell("analyze-agreement", "--json", cwd=tmp_path)
-    assert agreement.returncode == 0, agreement.stderr
+    monkeypatch.chdir(tmp_path)
+    agreement = ekd("analyze-agreement", "--json")
+    assert agreement.exit_code == 0, agreement.stderr
     assert json.loads(agreement.stdout)["models"] == ["student", "labels", "lenet", "resnet8", "ensemble"]
     assert (run / "analysis" / "agreement-pairs.png").is_file()
 
-    judged = shell("evaluate", run / "student.safetensors", "--data", "digits", "--json", cwd=tmp_path)
+    judged = ekd("evaluate", run / "student.safetensors", "--data", "digits", "--json")
     row = json.loads(judged.stdout)["models"]["mine"]
     metrics = json.loads((run / "metrics.json").read_text())
     assert row["accuracy"] == metrics["models"]["student"]["accuracy"]

@@ -608,9 +608,9 @@ def run(processes, target, *arguments):
 
 
 def test_kills_at_random_moments_leave_what_is_right(small_shards, own_cache, processes):
-    """Six builders are killed, each after some shards; what they kept is right, and is gone on with."""
+    """Four builders are killed, each after some shards; what they kept is right, and is gone on with."""
     views, rng, kept = 8, random.Random(1), 0
-    for _ in range(6):
+    for _ in range(4):
         process, pipe = run(processes, build_until_killed, str(own_cache), views)
         told = [pipe.recv() for _ in range(rng.randint(1, 6))]
         time.sleep(rng.uniform(0, 0.01))
