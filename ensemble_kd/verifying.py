@@ -14,7 +14,7 @@ import torch
 
 from ensemble_kd import files
 from ensemble_kd.errors import ConfigError, EkdError, RunError, nearest_path
-from ensemble_kd.exported import CHECK, Export, is_export, open_network, read_export
+from ensemble_kd.exported import CHECK, LABELS, Export, is_export, open_network, read_export
 from ensemble_kd.files import SUMS
 from ensemble_kd.runs import Run
 from ensemble_kd.teachers.store import read_kept, targets_dir
@@ -253,6 +253,8 @@ def _answers_again(folder: Path) -> Finding:
     what = "the network, reloaded"
     try:
         export = read_export(folder)
+        if files.read_json(folder / LABELS) != list(export.card.classes):
+            return Finding(LABELS, False, "it names other classes than config.json")
         kept = safetensors.torch.load_file(folder / CHECK)
         if export.card.model.startswith("py:") and export.format != "onnx":
             return Finding(what, None, "it is a module of your own, whose code is not run here")
@@ -264,7 +266,7 @@ def _answers_again(folder: Path) -> Finding:
         return Finding(what, None, f"{error.problems[0].what}: {error.problems[0].fix}")
     except KeyError as error:
         return Finding(what, False, f"{CHECK} holds no {error}")
-    except (EkdError, safetensors.SafetensorError, RuntimeError) as error:
+    except (EkdError, safetensors.SafetensorError, RuntimeError, ValueError) as error:
         return Finding(what, False, error.problems[0].what if isinstance(error, EkdError) else str(error))
     bound = (_TOLERANCE_INT8 if export.int8 else _TOLERANCE) * max(1.0, highest)
     return Finding(

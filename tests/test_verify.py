@@ -219,14 +219,23 @@ def test_other_paths_are_refused(tmp_path):
         verify(tmp_path / "mien")
 
 
-def test_a_check_without_its_answers_is_told(onnx, tmp_path):
-    """Also where the checksums were made anew, so that they agree."""
-    folder = tmp_path / "e"
-    shutil.copytree(onnx, folder)
-    kept = safetensors.torch.load_file(folder / "check.safetensors")
-    safetensors.torch.save_file({"images": kept["images"]}, folder / "check.safetensors")
+def summed(folder):
+    """Checksums made anew, so that they agree with what was changed."""
     digests = {path.name: files.sha256_file(path) for path in folder.iterdir() if path.name != files.SUMS}
     (folder / files.SUMS).write_text(files.sums_of(digests))
-    assert [str(finding) for finding in verify(folder).damaged] == [
-        "damaged      the network, reloaded: check.safetensors holds no 'logits'"
+
+
+def test_parts_that_do_not_fit_each_other_are_told_whatever_the_checksums(onnx, tmp_path):
+    shutil.copytree(onnx, tmp_path / "a")
+    kept = safetensors.torch.load_file(onnx / "check.safetensors")
+    safetensors.torch.save_file({"images": kept["images"]}, tmp_path / "a" / "check.safetensors")
+    shutil.copytree(onnx, tmp_path / "b")
+    (tmp_path / "b" / "labels.json").write_text(json.dumps(["no digit"] * 10))
+    told = []
+    for name in ("a", "b"):
+        summed(tmp_path / name)
+        told += [str(finding) for finding in verify(tmp_path / name).damaged]
+    assert told == [
+        "damaged      the network, reloaded: check.safetensors holds no 'logits'",
+        "damaged      labels.json: it names other classes than config.json",
     ]
