@@ -271,7 +271,7 @@ def _conclude(
     stacked = ensemble.all_logits(test)
     members = {teacher.label: teacher.classifier for teacher in ensemble.teachers}
     metrics, logits = compare(
-        networks, members, stacked, ensemble.target(stacked).plain, test, ensemble.known
+        networks, members, stacked, ensemble.target(stacked).plain, test, ensemble.known, setting.shared
     )
     watch.lap("test")
     unchanged = {teacher.label: teacher.check_unchanged() for teacher in ensemble.teachers}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
+from hashlib import sha256
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +13,7 @@ from ensemble_kd.classifier import Classifier
 from ensemble_kd.data.dataset import Images
 from ensemble_kd.inference import predict
 from ensemble_kd.metrics import Measure, bootstrap_mean, measure, per_sample, within
+from ensemble_kd.shared import Shared
 
 ENSEMBLE = "ensemble"
 
@@ -22,6 +25,7 @@ def compare(
     ensemble_logits: Tensor,
     test: Images,
     known: Tensor | None = None,
+    shared: Shared | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Measures of student, controls, teachers and ensemble on one split, with 95 % intervals.
 
@@ -33,12 +37,14 @@ def compare(
         test: the images and labels of the split.
         known: which classes each teacher knows (K, C); None where all know all. One that does not is
             judged among its `classes`, on the `images` of these.
+        shared: keeps the measures of teachers and ensemble, which several runs have in common.
 
     Returns:
         `models` (rows with `role`, `parameters`, `bytes` and the measures), `times_smaller` and
         `differences` (student minus each control, paired by sample); and all logits by name.
     """
     labels, target = test.known_labels, ensemble_logits.double().exp()
+    shared, seen = shared or Shared(), _digest(labels, target)
     logits = {name: predict(network, test) for name, network in networks.items()}
     logits |= dict(zip(teachers, stacked, strict=True)) | {ENSEMBLE: ensemble_logits}
     rows: dict[str, dict[str, Any]] = {}
@@ -49,7 +55,11 @@ def compare(
             "role": role,
             "parameters": sum(member.parameter_count for member in members),
             "bytes": sum(member.byte_count for member in members),
-            **measure(values, labels, target),
+            **(
+                measure(values, labels, target)
+                if name in networks
+                else shared.once(partial(measure, values, labels, target), "measure", seen, _digest(values))
+            ),
         }
     for name, mask in zip(teachers, () if known is None else known.to(labels.device), strict=False):
         if not bool(mask.all()):
@@ -62,6 +72,11 @@ def compare(
     }
     smaller = rows[ENSEMBLE]["parameters"] / rows["student"]["parameters"]
     return {"models": rows, "times_smaller": smaller, "differences": differences}, logits
+
+
+def _digest(*tensors: Tensor) -> str:
+    """SHA-256 of the values of tensors."""
+    return sha256(b"".join(tensor.cpu().contiguous().numpy().tobytes() for tensor in tensors)).hexdigest()
 
 
 def paired_differences(first: Tensor, second: Tensor, labels: Tensor, target: Tensor) -> dict[str, Measure]:
