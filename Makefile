@@ -9,10 +9,10 @@ FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 demo: .venv/.installed
 	$(BIN)/ekd distill --teachers resnet18,vgg16 --student lenet
 
-# Studies 1 and 2 of docs/results.md on the embedded digits, each over five seeds; of the second, three temperatures.
+# Studies 1 and 2 of docs/results.md on the embedded digits, each over five seeds; of the second, a smaller grid.
 study: .venv/.installed
 	$(BIN)/ekd study regimes --jobs 2
-	$(BIN)/ekd study temperature --over temperature=1,4,20 --jobs 2
+	$(BIN)/ekd study temperature --over loss=kl,kl-unscaled --over soft_weight=.1,.5,1 --over temperature=1,4,20 --jobs 2
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
