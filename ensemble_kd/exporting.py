@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shlex
@@ -231,7 +232,9 @@ def _contents(source: _Source, chosen: ExportOptions) -> tuple[dict[str, bytes],
 
 def _program(source: _Source, inside: bool) -> Any:
     """The network as a graph, with its preprocessing `inside` or without."""
-    classifier, pre = source.classifier, source.classifier.card.preprocess
+    pre = source.classifier.card.preprocess
+    # In the layout that others expect of weights.
+    classifier = copy.deepcopy(source.classifier).to(memory_format=torch.contiguous_format)
     if inside:
         return traced(classifier, _made_up(source.shape))
     return traced(classifier.net, _made_up((pre.channels, *pre.size)).float())

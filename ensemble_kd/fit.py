@@ -99,8 +99,6 @@ def make_ready(model: Classifier, train: Images, recipe: Recipe, seed: int) -> N
     """Move the model to where the images are, and give it the first weights of the recipe."""
     device = train.pixels.device
     model.to(device)
-    if device.type == "cuda":
-        model.to(memory_format=torch.channels_last)
     if recipe.init != "unit-variance":
         return
     first = views.order(seed, 0, len(train), device)[:_INIT_BATCH]

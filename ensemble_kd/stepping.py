@@ -109,11 +109,11 @@ class Stepper:
             tensor.copy_(model[name])
         places = _tensors(self.net)
         if "average.0" in model:
-            self._average = [model[f"average.{n}"].to(place) for n, place in enumerate(places)]
+            self._average = [_laid_out(model[f"average.{n}"], place) for n, place in enumerate(places)]
         for key, values in moments.items():
             number, _, name = key.partition(".")
             parameter = self._parameters[int(number)]
-            self.optimizer.state[parameter][name] = values.to(parameter.device)
+            self.optimizer.state[parameter][name] = _laid_out(values, parameter)
         self.steps = steps
         self.set_rate()
 
@@ -135,6 +135,13 @@ class Stepper:
         """Put the averaged weights, where they are kept, into the network."""
         for tensor, kept in zip(_tensors(self.net), self._average, strict=bool(self._average)):
             tensor.copy_(kept)
+
+
+def _laid_out(values: Tensor, place: Tensor) -> Tensor:
+    """A copy where `place` is, of its memory layout where they have one shape: other layouts round otherwise."""
+    if values.shape != place.shape:
+        return values.to(place.device)
+    return torch.empty_like(place, dtype=values.dtype).copy_(values)
 
 
 def _tensors(net: nn.Module) -> list[Tensor]:
