@@ -51,7 +51,7 @@ def main() -> None:
         name: {k: "{median:.2f} [{min:.2f}, {max:.2f}]".format(**v) for k, v in row.items()}
         for name, row in rows.items()
     }
-    print(text_table([[name, row["step"], row["pass"]] for name, row in texts.items()], ["", "step", "pass"]))
+    print(text_table(["", "step", "pass"], [[name, row["step"], row["pass"]] for name, row in texts.items()]))
     files.write_json(RESULTS / "layout.json", {"ratios": rows, "blocks": blocks, **surroundings(commit)})
 
 

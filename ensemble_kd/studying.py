@@ -28,6 +28,7 @@ from ensemble_kd.grid import Point, StudyOptions, facts, points_of, to_yaml, tra
 from ensemble_kd.interrupts import as_interrupt
 from ensemble_kd.locks import lock
 from ensemble_kd.runs import RUNS, Run
+from ensemble_kd.schema import TrainOptions
 from ensemble_kd.setting import Objects
 from ensemble_kd.shared import Shared
 from ensemble_kd.together import distill_together, fleets
@@ -72,9 +73,7 @@ def study(
     points, first = points_of(chosen, before), training_before(chosen, before)
     _claim(folder, chosen)
     for network in first:
-        if not (network.out and _is_finished(network.out)):
-            again = bool(network.out and network.out.exists())
-            train(**network.model_dump(exclude_unset=True, exclude={"overwrite"}), overwrite=again)
+        _prepare(network)
     failures = _work(folder, points, chosen)
     return summarise(folder, failures)
 
@@ -129,6 +128,19 @@ def _claim(folder: Path, options: StudyOptions) -> None:
                 "bring that back, or name another folder: --out PATH (or make all anew: --overwrite)",
             )
     files.write_text(path, to_yaml(options))
+
+
+def _prepare(network: TrainOptions) -> None:
+    """Train a network that points need, or wait for the process that does."""
+    folder = Path(str(network.out))
+    while not _is_finished(folder):
+        try:
+            given = network.model_dump(exclude_unset=True, exclude={"overwrite"})
+            train(**given, overwrite=folder.exists())
+        except RunError:
+            if not (_is_busy(folder) or _is_finished(folder)):
+                raise
+            time.sleep(_LOOK_AGAIN)
 
 
 def _work(folder: Path, points: Mapping[str, Point], options: StudyOptions) -> dict[str, str]:

@@ -31,7 +31,8 @@ from ensemble_kd.analysis.study_numbers import (
     summarise_points,
 )
 from ensemble_kd.errors import ConfigError, RunError
-from ensemble_kd.schema import DistillOptions
+from ensemble_kd.locks import lock
+from ensemble_kd.schema import DistillOptions, TrainOptions
 from ensemble_kd.shared import Shared
 from ensemble_kd.studying import study
 from ensemble_kd.together import distill_together
@@ -219,6 +220,23 @@ def test_networks_are_trained_first_and_once(tmp_path: Path) -> None:
     assert list(result.numbers["points"]) == ["arm=weak", "arm=library"]
     study(file, out=tmp_path / "mine")
     assert (tmp_path / "mine" / "before" / "weak" / "model.safetensors").stat().st_mtime_ns == weights
+
+
+def test_a_network_that_another_process_trains_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = lock(tmp_path / "one")
+    assert held is not None
+
+    def freed_after_a_while(seconds: float) -> None:
+        assert not (tmp_path / "one" / "status.json").exists()
+        held.close()
+
+    monkeypatch.setattr(module.time, "sleep", freed_after_a_while)
+    chosen = {"model": "lenet", "data": "digits", "training": {"epochs": 1}, "out": tmp_path / "one"}
+    module._prepare(TrainOptions(**chosen))
+    assert held.closed
+    assert ensemble_kd.load_student(tmp_path / "one").card.model == "lenet"
 
 
 @pytest.mark.parametrize(
