@@ -240,7 +240,8 @@ def test_a_network_that_another_process_trains_is_waited_for(
 
 
 @pytest.mark.parametrize(
-    "name", ["regimes", "temperature", "dark", "losses", "teachers", "unlabelled", "views", "fidelity"]
+    "name",
+    ["regimes", "temperature", "dark", "losses", "teachers", "unlabelled", "views", "fidelity", "smoothing"],
 )
 def test_shipped_studies_can_be_read(name: str) -> None:
     from ensemble_kd.config import resolve
