@@ -114,8 +114,14 @@ class Classifier(nn.Module):
 
     def __init__(self, net: nn.Module, card: Card, pretrained: bool = False) -> None:
         super().__init__()
-        # Convolutions are faster so, also on a CPU; from the start, so that a run that is resumed rounds alike.
-        self.net, self.card = net.to(memory_format=torch.channels_last), card
+        self.net, self.card = net, card
+        # Channels last are convolved faster, also on a CPU. From the start, so that a resumed run rounds alike;
+        # but the user's own code may take views of what it computes, as `x.view(len(x), -1)`.
+        self._layout = torch.channels_last
+        if card.model.startswith("py:"):
+            self._layout = torch.contiguous_format
+        else:
+            net.to(memory_format=self._layout)
         self.pretrained = pretrained
         """Whether its weights were learned before, so that training goes on rather than starts."""
         # Kept on the network's device, so that a forward pass copies nothing there.
@@ -126,7 +132,7 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W), uint8 or float in [0, 1], of any size, to logits (B, classes)."""
-        return self.net(self.fitted(images).contiguous(memory_format=torch.channels_last))
+        return self.net(self.fitted(images).contiguous(memory_format=self._layout))
 
     def fitted(self, images: Tensor) -> Tensor:
         """What the network itself is given: (B, channels, *size), normalised."""
