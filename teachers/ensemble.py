@@ -234,9 +234,8 @@ class Teacher:
     def _compute(self, images: Images, features: bool) -> tuple[Tensor, Tensor | None]:
         blocks: list[tuple[Tensor, ...]] = []
         tapped = self._tap if features else nullcontext()
-        # Its runner may have turned the weights to channels-last, which other sums, in their last bits, come from.
         if not self.sharded:
-            self.classifier.to(images.ids.device).to(memory_format=torch.contiguous_format)
+            self.classifier.to(images.ids.device)
         with progress(f"teacher {self.label}", len(images), "images") as advance, tapped as tap:
             for batch in images.batches(EVAL_BATCH * distributed.size()):
                 if tap:
