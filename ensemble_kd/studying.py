@@ -67,6 +67,7 @@ def study(
     """
     file = _file(study, config_file)
     chosen = resolve(StudyOptions, options, file=file, sets=sets)
+    _tell_what_is_left_out(file, chosen)
     folder = chosen.out or RUNS / f"study-{file.stem if file else '-'.join(chosen.over) or 'arms'}"
     before = folder / "before"
     check_measures(chosen.measures)
@@ -101,6 +102,14 @@ def _file(name: str | Path | None, config_file: str | Path | None) -> Path | Non
         f"known are {', '.join(known) or 'none'}, and files of your own",
         nearest(str(name), known) or "name one of these, or a YAML file",
     )
+
+
+def _tell_what_is_left_out(file: Path | None, chosen: StudyOptions) -> None:
+    """`over` takes the place of the file's, also of what it does not name: easily overlooked."""
+    asked = read_yaml(file).get("over") if file else None
+    if left := [name for name in asked or {} if name not in chosen.over]:
+        log.warning("--over takes the place of the study's own: it goes over %s, and not over %s",
+                    ", ".join(chosen.over), ", ".join(left))  # fmt: skip
 
 
 def _claim(folder: Path, options: StudyOptions) -> None:

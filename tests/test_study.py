@@ -255,6 +255,17 @@ def test_shipped_studies_can_be_read(name: str) -> None:
     training_before(options, Path("before"))
 
 
+def test_what_over_leaves_out_of_a_named_study_is_told(
+    made: StudyResult, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ConfigError, match="holds points of other options"):
+        study("smoothing", over={"soft_weight": [0.3]}, out=made.folder)
+    assert caplog.messages == [
+        "--over takes the place of the study's own: it goes over soft_weight, "
+        "and not over teacher_training.label_smoothing"
+    ]
+
+
 def test_an_unknown_study_is_told() -> None:
     with pytest.raises(ConfigError) as caught:
         study("regime")
