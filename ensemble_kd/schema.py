@@ -269,7 +269,7 @@ class DistillOptions(CombineOptions, RunOptions):
         "default 4 (logit-std 2, dist 1)",
     )
     soft_weight: Share | None = Field(
-        None, description="w in (1-w)*CE(labels) + w*soft loss; default 0.9 (1 without labels)"
+        None, description="w in (1-w)*CE(labels) + w*soft loss; default 0.3 (1 without labels)"
     )
     loss: str = Field(
         "kl",
@@ -307,7 +307,7 @@ class DistillOptions(CombineOptions, RunOptions):
     @property
     def soft(self) -> float:
         """The soft weight, as given or by default."""
-        return self.soft_weight if self.soft_weight is not None else 1.0 if self.unlabelled_only else 0.9
+        return self.soft_weight if self.soft_weight is not None else 1.0 if self.unlabelled_only else 0.3
 
     def cross_checks(self) -> list[tuple[set[str], Problem]]:
         """See `Options.cross_checks`."""

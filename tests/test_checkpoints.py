@@ -423,11 +423,11 @@ def stopped(tmp_path, monkeypatch) -> Path:
 def test_a_changed_configuration_is_refused_with_the_difference(stopped):
     path = stopped / "config.yaml"
     values = yaml.safe_load(path.read_text())
-    values["training"]["lr"], values["soft_weight"] = 0.5, 0.3
+    values["training"]["lr"], values["soft_weight"] = 0.5, 0.9
     path.write_text(yaml.safe_dump(values))
     problem = problem_of(RunError, resume, stopped)
     assert problem.what == f"{stopped} cannot go on: its configuration changed"
-    assert problem.why == "training.lr was 0.03, is 0.5; soft_weight was 0.9, is 0.3"
+    assert problem.why == "training.lr was 0.03, is 0.5; soft_weight was 0.3, is 0.9"
     assert problem.fix == f"bring that back, or start anew: ekd distill --config {path} --out PATH"
 
 
