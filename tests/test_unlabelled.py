@@ -427,10 +427,10 @@ def test_a_student_learns_from_images_without_labels(tmp_path, digits, teacher, 
 @pytest.mark.parametrize(
     ("given", "soft"),
     [
-        ({}, 0.9),
-        ({"unlabelled": "x"}, 0.9),
+        ({}, 0.3),
+        ({"unlabelled": "x"}, 0.3),
         ({"unlabelled": "x", "unlabelled_only": True}, 1.0),
-        ({"unlabelled": "x", "soft_weight": 0.3}, 0.3),
+        ({"unlabelled": "x", "soft_weight": 0.5}, 0.5),
         ({"unlabelled": "x", "unlabelled_only": True, "soft_weight": 1}, 1.0),
     ],
 )
@@ -619,7 +619,7 @@ def test_the_command_line_takes_unlabelled_images(tmp_path, extra):
         assert "student" in json.loads(result.stdout)["models"]
     soft = [yaml.safe_load((tmp_path / name / "config.yaml").read_text())["soft_weight"]
             for name in ("beside", "alone")]  # fmt: skip
-    assert soft == [0.9, 1.0]
+    assert soft == [0.3, 1.0]
 
 
 def test_the_command_line_refuses_what_needs_labels(tmp_path, extra):
