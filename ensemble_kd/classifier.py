@@ -115,13 +115,6 @@ class Classifier(nn.Module):
     def __init__(self, net: nn.Module, card: Card, pretrained: bool = False) -> None:
         super().__init__()
         self.net, self.card = net, card
-        # Channels last are convolved faster, also on a CPU. From the start, so that a resumed run rounds alike;
-        # but the user's own code may take views of what it computes, as `x.view(len(x), -1)`.
-        self._layout = torch.channels_last
-        if card.model.startswith("py:"):
-            self._layout = torch.contiguous_format
-        else:
-            net.to(memory_format=self._layout)
         self.pretrained = pretrained
         """Whether its weights were learned before, so that training goes on rather than starts."""
         # Kept on the network's device, so that a forward pass copies nothing there.
@@ -132,12 +125,20 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W), uint8 or float in [0, 1], of any size, to logits (B, classes)."""
-        return self.net(self.fitted(images).contiguous(memory_format=self._layout))
+        x = self.fitted(images)
+        if x.device.type == "cuda" and not self.is_own_code:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self.net(x)
 
     def fitted(self, images: Tensor) -> Tensor:
         """What the network itself is given: (B, channels, *size), normalised."""
         x = self.card.preprocess.fitted(images)
         return torch.addcmul(self._shift.to(x.device), x, self._scale.to(x.device))
+
+    @property
+    def is_own_code(self) -> bool:
+        """Whether the user wrote the network: it may take views that only the usual layout has."""
+        return self.card.model.startswith("py:")
 
     @property
     def classes(self) -> tuple[str, ...]:

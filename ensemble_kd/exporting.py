@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import shlex
@@ -232,9 +231,7 @@ def _contents(source: _Source, chosen: ExportOptions) -> tuple[dict[str, bytes],
 
 def _program(source: _Source, inside: bool) -> Any:
     """The network as a graph, with its preprocessing `inside` or without."""
-    pre = source.classifier.card.preprocess
-    # In the layout that others expect of weights.
-    classifier = copy.deepcopy(source.classifier).to(memory_format=torch.contiguous_format)
+    classifier, pre = source.classifier, source.classifier.card.preprocess
     if inside:
         return traced(classifier, _made_up(source.shape))
     return traced(classifier.net, _made_up((pre.channels, *pre.size)).float())

@@ -99,6 +99,8 @@ def make_ready(model: Classifier, train: Images, recipe: Recipe, seed: int) -> N
     """Move the model to where the images are, and give it the first weights of the recipe."""
     device = train.pixels.device
     model.to(device)
+    if device.type == "cuda" and not model.is_own_code:
+        model.to(memory_format=torch.channels_last)
     if recipe.init != "unit-variance":
         return
     first = views.order(seed, 0, len(train), device)[:_INIT_BATCH]

@@ -234,8 +234,9 @@ class Teacher:
     def _compute(self, images: Images, features: bool) -> tuple[Tensor, Tensor | None]:
         blocks: list[tuple[Tensor, ...]] = []
         tapped = self._tap if features else nullcontext()
+        # Its runner may have turned the weights to channels-last, which other sums, in their last bits, come from.
         if not self.sharded:
-            self.classifier.to(images.ids.device)
+            self.classifier.to(images.ids.device).to(memory_format=torch.contiguous_format)
         with progress(f"teacher {self.label}", len(images), "images") as advance, tapped as tap:
             for batch in images.batches(EVAL_BATCH * distributed.size()):
                 if tap:

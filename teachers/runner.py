@@ -64,6 +64,8 @@ class Runner:
         self.device, self._dtype = device, running.dtype(device)
         self._net = (None if own_code else folded(classifier)) or classifier
         self._net = self._net.to(device)
+        if device.type in ("cuda", "cpu") and not own_code:
+            self._net.to(memory_format=torch.channels_last)
         self.is_folded = self._net is not classifier
         self._batch = running.batch or batch_for(classifier.card.preprocess.size, device)
         self._label, self._together = label, together

@@ -50,7 +50,6 @@ def sharded(teacher: Teacher, device: torch.device) -> Teacher:
     if teacher.sharded or distributed.size() == 1:
         return teacher
     classifier, probe = teacher.classifier.to("cpu"), _probe(teacher.classifier)
-    classifier.to(memory_format=torch.contiguous_format)  # FSDP2 divides no other layout
     wanted = predict_pixels(classifier, probe)
     mesh = init_device_mesh(device.type, (distributed.size(),))
     try:

@@ -26,9 +26,9 @@ FOLDING_ERROR = 2e-6
 """Of the largest logit, in float32."""
 
 
-def classifier(net: nn.Module, model: str = "lenet") -> Classifier:
+def classifier(net: nn.Module) -> Classifier:
     """8×8 grey images through `net`, frozen."""
-    card = Card(model, "small", Preprocess(1, (8, 8), (0.3,), (0.4,)), tuple("0123456789"))
+    card = Card("lenet", "small", Preprocess(1, (8, 8), (0.3,), (0.4,)), tuple("0123456789"))
     return Classifier(net, card).freeze()
 
 
@@ -236,7 +236,7 @@ def test_folding_leaves_the_mode_of_each_module(training: bool) -> None:
 
 
 def test_code_of_the_user_is_run_as_it_is(pixels: Tensor) -> None:
-    model = classifier(settled(conv_net()), "py:mine.py:conv_net")
+    model = classifier(settled(conv_net()))
     run = runner(model, own_code=True)
     assert not run.is_folded
     with torch.no_grad():
