@@ -138,7 +138,7 @@ class Loop:
             return False
         if distributed.size() > 1:
             return False
-        if self.model.card.model.startswith("py:"):
+        if self.model.is_own_code:
             return False
         if self._wants_targets and not (targets is not None and targets.fixed):
             return False

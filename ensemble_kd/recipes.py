@@ -56,7 +56,7 @@ def _complete(
         clip_norm=2.0,
     )
     if kind == "none":
-        ours = not model.card.model.startswith("py:")  # a user's own first weights are left alone
+        ours = not model.is_own_code  # a user's own first weights are left alone
         recipe = replace(recipe, lr=0.03, init="unit-variance" if ours else "default")
     elif kind == "other":
         recipe = replace(recipe, optimizer="adamw", lr=1e-3, weight_decay=0.05)

@@ -57,20 +57,6 @@ def linear_net(seed: int = 0) -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 
 
-class OwnCode(nn.Module):
-    """As users write networks: a view of what a convolution gave, and a weight of five dimensions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.deep = nn.Conv2d(1, 4, 3), nn.Conv3d(4, 4, (1, 3, 3))
-        self.out = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)
-        x = self.deep(x.view(*x.shape[:2], 1, *x.shape[2:]))
-        return self.out(x.view(len(x), -1))
-
-
 class Watched(nn.Module):
     """Notes the mode and the number of images of each forward pass."""
 
@@ -276,12 +262,6 @@ def test_a_learning_rate_that_is_too_high_is_told(few_digits: Dataset) -> None:
 def test_so_is_one_whose_second_step_meets_no_finite_loss(few_digits: Dataset) -> None:
     with pytest.raises(TrainingError, match="the loss is not finite in epoch 1, step 2 of 5"):
         run(conv_net(), few_digits, recipe=replace(RECIPE, lr=1e30, clip_norm=None))
-
-
-def test_a_user_s_own_code_may_take_views(few_digits: Dataset) -> None:
-    card = Card("py:mine.py:OwnCode", "own", Preprocess(1, (8, 8), (0.3,), (0.4,)), CLASSES)
-    history = run(Classifier(OwnCode(), card), few_digits)
-    assert history[-1]["val"]["loss"] < history[0]["val"]["loss"]
 
 
 # Labels and history

@@ -205,6 +205,30 @@ def test_bf16_teachers_say_nearly_the_same(digits: Dataset) -> None:
         assert answers[1].dtype == torch.float32
 
 
+class OwnCode(nn.Module):
+    """As users write networks: a view of what a convolution gave, and a weight of five dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.deep = nn.Conv2d(1, 4, 3), nn.Conv3d(4, 4, (1, 3, 3))
+        self.out = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        x = self.deep(x.view(*x.shape[:2], 1, *x.shape[2:]))
+        return self.out(x.view(len(x), -1))
+
+
+def test_a_user_s_own_code_may_take_views(few_digits: Dataset) -> None:
+    """Which fail in the layout that the toolkit's own networks have on a GPU."""
+    card = new_classifier(parse("lenet"), few_digits, seed=0).card
+    pre = replace(card.preprocess, size=(8, 8))
+    model = Classifier(OwnCode(), replace(card, model="py:mine.py:OwnCode", preprocess=pre))
+    objective, viewing = Objective(), Viewing("none", 1, 0)
+    history = fit(model, few_digits.train, few_digits.val, RECIPE, objective, viewing, seed=0, device=CUDA)
+    assert history[-1]["val"]["loss"] < history[0]["val"]["loss"]
+
+
 def test_teachers_give_their_memory_back(digits: Dataset) -> None:
     together, train = ensemble(digits), digits.train.to(CUDA)
     stored = StoredTargets(together, train, Viewing("crop", 2, 0))
