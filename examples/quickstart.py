@@ -31,7 +31,7 @@ def main(fast: bool = "--fast" in sys.argv) -> None:
     images = ensemble_kd.load_data("digits").test.pixels[:5]
     print("the first five test images are", [student.classes[i] for i in student(images).argmax(dim=1)])
 
-    print(ensemble_kd.analyze_agreement(run.folder).table())
+    print(ensemble_kd.analyze_agreement(run.folder, quick=fast).table())
 
 
 if __name__ == "__main__":

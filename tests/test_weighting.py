@@ -677,8 +677,8 @@ def test_weights_follow_their_teachers(name: str, count: int) -> None:
         assert not np.allclose(weights, weights.roll(1, dims=0), atol=0.01)  # so that it could fail
 
 
-# Properties: 5 × 9 combiners × 25 examples; those of the pools add 7 × 150 (test_combine.py).
-EXAMPLES = settings(max_examples=25, deadline=None, derandomize=True, database=None)
+# Properties: 5 × 9 combiners × 12 examples; those of the pools add 7 × 150 (test_combine.py).
+EXAMPLES = settings(max_examples=12, deadline=None, derandomize=True, database=None)
 
 
 @st.composite
