@@ -37,6 +37,8 @@ def draw_curves(path: Path, curves: Sequence[Mapping[str, Any]], numbers: Number
     with picture(path, 5 * len(panels), 4.6, "whitegrid") as figure:
         for axis, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             part = table[(table["measure"] == name) & table[hue].notna()]
+            # Runs of other settings are no further seeds: first their mean by seed.
+            part = part.groupby([hue, "seed", "step"], sort=False, as_index=False)[["percent"]].mean()
             band = _band if seeds > 1 else None
             sns.lineplot(part, x="step", y="percent", hue=hue, errorbar=band, palette="viridis", ax=axis)
             axis.set(title=_PANELS[name], xlabel="iterations", ylabel="")
@@ -66,6 +68,8 @@ def _band(values: Any) -> tuple[float, float]:
 def draw_measure(path: Path, measure: str, numbers: Numbers) -> dict[str, str]:
     """Differences to the baseline, or means where there is none: heat maps, or points with intervals."""
     kind = "differences" if numbers["against"] and measure not in GAINS else "means"
+    if not any(point[kind] for point in numbers["points"].values()):
+        kind = "means"  # no baseline could be finished
     found = {name: point[kind][measure] for name, point in numbers["points"].items() if point[kind]}
     title = MEASURES[measure][0] + (f" − {numbers['against']}" if kind == "differences" else "")
     grid = _grid(list(found), numbers)

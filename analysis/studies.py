@@ -20,7 +20,7 @@ from ensemble_kd.analysis.study_numbers import (
     MEASURES,
     best_on_validation,
     early_and_plateau,
-    effect,
+    effects_of,
     sentences,
     summarise_points,
     told,
@@ -91,17 +91,17 @@ def summarise(folder: Path, failures: Mapping[str, str] | None = None) -> StudyR
         ConfigError: a measure that is to be pictured is not known.
     """
     options = resolve(StudyOptions, {}, file=folder / "study.yaml")
-    check_measures(options.measures)
+    check_measures(options)
     points = points_of(options, folder / "before")
     runs = _finished(folder, points, options.seeds)
     rows = [_row(run, point, seed, folder) for point, seed, run in runs]
     curves = [row for point, seed, run in runs for row in _curve(run, point, seed)]
     _write_csv(folder / "results.csv", rows)
     _write_csv(folder / "curves.csv", curves)
-    first = runs[0][2].metrics()
+    tested = {run.metrics()["data"]: run.metrics()["n"] for _, _, run in runs}
     numbers = _numbers(options, points, rows) | {
-        "data": first["data"],
-        "n": first["n"],
+        "data": " and ".join(tested),
+        "n": sum(tested.values()),
         "failures": dict(failures or {}),
         "seconds": sum(row["seconds"] for row in rows),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -123,18 +123,30 @@ def _in_order(numbers: dict[str, Any]) -> dict[str, Any]:
     return {**numbers, "points": ordered}
 
 
-def check_measures(measures: Sequence[str]) -> None:
+def check_measures(options: StudyOptions) -> None:
     """Refuse what is not measured.
 
     Raises:
-        ConfigError: there is no measure of that name.
+        ConfigError: there is no measure of that name, or the study has not what it is made of.
     """
-    for name in measures:
+    for name in options.measures:
         if name not in MEASURES:
             raise ConfigError(
                 f"measures: there is no {name!r}",
                 f"known are {', '.join(MEASURES)}",
                 nearest(name, MEASURES) or "name one of these",
+            )
+        kind, _, control = name.partition("_over_")
+        analysis = _LIKENESS[kind][0] if kind in _LIKENESS else None
+        if control and control not in options.controls:
+            raise ConfigError(
+                f"measures: {name} needs the control {control}",
+                "no run has it",
+                f"say --set controls={control}",
+            )
+        if control and analysis and analysis not in options.analyses:
+            raise ConfigError(
+                f"measures: {name} needs an analysis", "none is made", f"say --set analyses=[{analysis}]"
             )
 
 
@@ -229,8 +241,10 @@ def _numbers(
     summary = summarise_points(rows, baselines, known)
     dimensions = list(dict.fromkeys(name for point in points.values() for name in point.settings))
     measures = [name for name in options.measures if name in known]
-    varied = [row for row in rows if baselines[row["point"]] is not None or options.baseline == "none"]
-    effects = {d: {m: effect(varied, d, m) for m in measures[:1]} for d in dimensions}
+    lost = [name for name in options.measures if name not in known]
+    asked = [row for row in rows if points[row["point"]].on_grid]
+    found = {m: effects_of(asked, dimensions, m) for m in measures[:1]}
+    effects = {d: {m: by_dimension[d] for m, by_dimension in found.items()} for d in dimensions}
     against = {LABELS: "labels alone", "none": ""}.get(str(options.baseline), f"{shown(options.baseline)}")
     return {
         "question": options.question,
@@ -242,9 +256,10 @@ def _numbers(
         "order": list(summary),
         "points": summary,
         "missing": [name for name in points if name not in summary],
-        "chosen": best_on_validation(summary, baselines),
+        "chosen": best_on_validation(summary),
         "effects": effects,
-        "sentences": sentences(summary, baselines, effects, against, measures),
+        "sentences": sentences(summary, baselines, effects, against, measures)
+        + [f"{MEASURES[name][0]}: left out, as some runs have none." for name in lost],
     }
 
 

@@ -85,19 +85,32 @@ def _together(values: Sequence[float], comparisons: int) -> dict[str, Any]:
     return {**t_interval(values), "all_low": together["low"], "all_high": together["high"]}
 
 
-def best_on_validation(points: Mapping[str, Row], baselines: Mapping[str, str | None]) -> str | None:
-    """The point of the highest mean validation accuracy, baselines aside; the first of those that are equal."""
-    own = [name for name in points if baselines[name] is not None] or list(points)
+def best_on_validation(points: Mapping[str, Row]) -> str | None:
+    """The point of the highest mean validation accuracy, of those that have all seeds; of equal ones the first."""
+    most = max((len(point["seeds"]) for point in points.values()), default=0)
+    own = [name for name, point in points.items() if len(point["seeds"]) == most]
     return max(own, key=lambda name: points[name]["means"]["val_accuracy"]["value"], default=None)
 
 
-def effect(rows: Sequence[Row], dimension: str, measure: str) -> dict[str, Any] | None:
+def effects_of(
+    rows: Sequence[Row], dimensions: Sequence[str], measure: str
+) -> dict[str, dict[str, Any] | None]:
+    """`effect` by dimension; what is called clear of them holds for all pairs of values of all dimensions together."""
+    counts = [len({row[d] for row in rows if row.get(d) is not None}) for d in dimensions]
+    pairs = sum(count * (count - 1) // 2 for count in counts)
+    return {dimension: effect(rows, dimension, measure, pairs) for dimension in dimensions}
+
+
+def effect(rows: Sequence[Row], dimension: str, measure: str, comparisons: int = 1) -> dict[str, Any] | None:
     """What a dimension does to a measure, averaged over the others and paired by seed.
+
+    Args:
+        comparisons: how many differences are to hold together (`all_low`, `all_high`).
 
     Returns:
         `means` by value; `best` and `worst`, the values with the highest and lowest mean validation
-        accuracy; and `difference`, of the measure between these two. None where there is one value, or
-        seeds or other settings that lack some.
+        accuracy, of equal ones the first; `difference`, of the measure between these two; and `pairs`, the
+        comparisons. None where there is one value, all are equally good, or seeds or other settings lack some.
     """
     table: dict[str, dict[int, list[float]]] = {}
     chosen: dict[str, list[float]] = {}
@@ -113,11 +126,14 @@ def effect(rows: Sequence[Row], dimension: str, measure: str) -> dict[str, Any] 
     if len(table) < 2 or len(shapes) != 1:
         return None
     by_value = {value: {s: sum(v) / len(v) for s, v in by_seed.items()} for value, by_seed in table.items()}
-    ranked = sorted(by_value, key=lambda value: sum(chosen[value]) / len(chosen[value]))
-    worst, best = ranked[0], ranked[-1]
+    validated = {value: sum(own) / len(own) for value, own in chosen.items()}
+    best, worst = (pick(validated, key=lambda value: validated[value]) for pick in (max, min))
+    if validated[best] - validated[worst] < 1e-9:
+        return None
     apart = [by_value[best][seed] - by_value[worst][seed] for seed in sorted(by_value[best])]
     means = {value: t_interval(list(by_seed.values())) for value, by_seed in by_value.items()}
-    return {"means": means, "best": best, "worst": worst, "difference": t_interval(apart)}
+    difference = _together(apart, comparisons)
+    return {"means": means, "best": best, "worst": worst, "difference": difference, "pairs": comparisons}
 
 
 def told(measure: str, difference: Row, whole: bool = True) -> str:
@@ -145,17 +161,28 @@ def sentences(
         differences = {name: p["differences"][measure] for name, p in points.items() if p["differences"]}
         if differences:
             said.append(_count(measure, differences, against, seeds))
-    best = best_on_validation(points, baselines)
-    if best is not None and points[best]["differences"]:
-        parts = [f"{MEASURES[m][0]} {told(m, points[best]['differences'][m])}" for m in measures]
-        said.append(
-            f"Chosen on the validation split: {best}. On the test split, against {against}: {'; '.join(parts)}."
-        )
+    said += _chosen(points, baselines, against, [m for m in measures if m not in GAINS])
     for dimension, by_measure in effects.items():
         for measure, found in by_measure.items():
             if found is not None:
                 said.append(_effect(dimension, measure, found, seeds))
     return said
+
+
+def _chosen(
+    points: Mapping[str, Row], baselines: Mapping[str, str | None], against: str, measures: Sequence[str]
+) -> list[str]:
+    """Which point validation chooses; where that is a baseline, the best of the others too."""
+    best, lead = best_on_validation(points), "Chosen on the validation split: "
+    if best is None or not any(point["differences"] for point in points.values()):
+        return []
+    if baselines[best] is None:
+        lead += f"{best}, a baseline; of the others "
+        best = best_on_validation({name: point for name, point in points.items() if point["differences"]})
+        assert best is not None
+    parts = [f"{MEASURES[m][0]} {told(m, points[best]['differences'][m])}" for m in measures]
+    on_test = f" On the test split, against {against}, by itself: {'; '.join(parts)}." if parts else ""
+    return [f"{lead}{best}.{on_test}"]
 
 
 def _count(measure: str, differences: Mapping[str, Row], against: str, seeds: int) -> str:
@@ -192,9 +219,10 @@ def _few(names: Sequence[str]) -> str:
 
 def _effect(dimension: str, measure: str, found: Row, seeds: int) -> str:
     difference = found["difference"]
-    clear = _clear(difference["low"], difference["high"])
+    clear = _clear(difference["all_low"], difference["all_high"])
     verdict = "a clear difference" if clear else "no clear difference"
+    together = f", {found['pairs']} pairs of values together" if found["pairs"] > 1 else ""
     return (
         f"{dimension}: {found['best']} has the highest validation accuracy and {found['worst']} the lowest; between "
-        f"these, {MEASURES[measure][0]} differs by {told(measure, difference)}: {verdict} ({seeds} seeds)."
+        f"these, {MEASURES[measure][0]} differs by {told(measure, difference)}: {verdict} ({seeds} seeds{together})."
     )

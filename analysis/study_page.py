@@ -55,7 +55,7 @@ def _pictures(numbers: Numbers, folder: Path) -> list[Child]:
 
 def _tables(numbers: Numbers) -> list[Child]:
     """Means of all points, then their differences to the baseline."""
-    measures = [*numbers["measures"], "early_accuracy", "plateau_epoch"]
+    measures = list(dict.fromkeys([*numbers["measures"], "early_accuracy", "plateau_epoch"]))
     titles = [MEASURES[measure][0] + (", %" if MEASURES[measure][1] == 100 else "") for measure in measures]
     rows = [
         [name, str(len(point["seeds"])), *(_cell(point["means"], measure) for measure in measures)]

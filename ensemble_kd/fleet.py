@@ -7,6 +7,7 @@ stacked and the forward pass is vectorised over them, so that a GPU works on all
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ from torch.func import vmap
 from ensemble_kd import distributed
 from ensemble_kd.classifier import Classifier
 from ensemble_kd.console import log, progress
-from ensemble_kd.data import views
 from ensemble_kd.data.dataset import Images
 from ensemble_kd.fit import make_ready, validate
 from ensemble_kd.graphs import Replayed
@@ -51,26 +51,35 @@ def unfit(member: Member, train: Images) -> str:
         "teachers run live, or are weighted by batch": targets is None or not targets.fixed,
         "some images have no labels": train.labels is None or bool((train.labels == UNLABELLED).any()),
         "there are several processes": distributed.size() > 1,
+        "some weights are frozen": not all(p.requires_grad for p in member.model.net.parameters()),
     }
     found = [reason for reason, holds in reasons.items() if holds]
     return found[0] if found else _untried(member.model, train)
 
 
 def _untried(model: Classifier, train: Images) -> str:
-    """Why the network cannot be vectorised, or nothing, by trying."""
-    pair = [copy.deepcopy(model.net).train() for _ in range(2)]
+    """Why the network cannot be vectorised, or nothing, by trying a pass through two and back."""
+    stack = Stack([copy.deepcopy(model.net).train() for _ in range(2)])
     x = model.fitted(train[torch.arange(2, device=train.ids.device)].decoded)
     try:
-        Stack(pair)(torch.stack([x, x]))
+        torch.autograd.grad(stack(torch.stack([x, x])).sum(), list(stack.parameters.values()))
     except (RuntimeError, ValueError, NotImplementedError) as error:
         return f"the network cannot be vectorised ({str(error).strip().splitlines()[0]})"
     return ""
 
 
 def fit_together(
-    members: Sequence[Member], train: Images, val: Images, device: torch.device, description: str = "fleet"
+    members: Sequence[Member],
+    train: Images,
+    val: Images,
+    device: torch.device,
+    description: str = "fleet",
+    record: bool = True,
 ) -> list[list[dict[str, Any]] | None]:
     """Train all members in place, as `fit.fit` trains one.
+
+    Args:
+        record: whether steps may be recorded as a CUDA graph.
 
     Returns:
         A history for each, as `fit` gives it; None for one whose loss was not finite, which is to be trained by
@@ -83,7 +92,7 @@ def fit_together(
     for member in members:
         make_ready(member.model, train, member.recipe, member.seed)
         member.model.to(memory_format=torch.contiguous_format)
-    fleet = Fleet(members, train)
+    fleet = Fleet(members, train, record)
     epochs = members[0].recipe.epochs
     histories: list[list[dict[str, Any]]] = [[] for _ in members]
     with deferred() as stop, progress(description, epochs * fleet.steps) as advance:
@@ -100,14 +109,18 @@ def fit_together(
             for member, row, history, rate in zip(members, means, histories, rates, strict=True):
                 history.append(fleet.row(member, epoch, row, val, rate, seconds))
             log.debug("%s  epoch %d/%d  %.1f s a student", description, epoch + 1, epochs, seconds)
-    finite = torch.isfinite(fleet.losses_seen).tolist()
-    return [history if fine else None for history, fine in zip(histories, finite, strict=True)]
+    fine = torch.isfinite(fleet.losses_seen).tolist()
+    validated = [all(math.isfinite(row["val"]["loss"]) for row in history) for history in histories]
+    return [
+        own if trained and judged else None
+        for own, trained, judged in zip(histories, fine, validated, strict=True)
+    ]
 
 
 class Fleet:
     """The step of all members; sums stay on the device until an epoch ends."""
 
-    def __init__(self, members: Sequence[Member], train: Images) -> None:
+    def __init__(self, members: Sequence[Member], train: Images, record: bool = True) -> None:
         self.members, self.train = members, train
         recipe = members[0].recipe
         self.size = min(recipe.batch_size, len(train))
@@ -135,7 +148,8 @@ class Fleet:
         self._done, self._epoch = 0, 0
         still = all(member.viewing.policy == "none" for member in members)
         self._still = still
-        recorded = device.type == "cuda" and still and isinstance(train.pixels, Tensor)
+        record = record and not members[0].model.is_own_code
+        recorded = record and device.type == "cuda" and still and isinstance(train.pixels, Tensor)
         self._step = Replayed(self._work, device) if recorded else self._work
         self._losses = vmap(self._loss)
         self._set_rates()
@@ -152,7 +166,7 @@ class Fleet:
         self._start.zero_()
         self._sums.zero_()
         for row, member in zip(self._order, self.members, strict=True):
-            order = views.order(member.seed, epoch, len(self.train), row.device)
+            order = self.train.order(member.seed, epoch)
             row.copy_(order[: self.steps * self.size])
             assert member.objective.targets is not None
             member.objective.targets.begin(epoch)

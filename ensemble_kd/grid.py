@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field
 
-from ensemble_kd.config import SHORT, flat, resolve, values_of
+from ensemble_kd.config import SHORT, Merged, flat, resolve, values_of
 from ensemble_kd.errors import ConfigError, Problem
 from ensemble_kd.fields import Count, Names
 from ensemble_kd.schema import DistillOptions, TrainOptions
@@ -25,15 +25,20 @@ SOFT = (
 )  # fmt: skip
 """Options that say how soft targets are learned from: without soft targets they say nothing."""
 ARM, LABELS = "arm", "labels"
+_OWN = ("seed", "out", "overwrite", "device")
+"""Options of distill that a study sets itself, at every point."""
 _LONGEST = 100
 
 
 def _table(value: Any) -> Any:
-    """`a=1,2` texts, as `--over` gives them, to a table of lists."""
+    """`a=1,2` texts, as `--over` gives them, to a table of lists; an option that is named again gets more values."""
     if not isinstance(value, (list, tuple)):
         return value
-    pairs = (str(item).partition("=") for item in value)
-    return {name.strip(): values_of(text) for name, _, text in pairs}
+    table: dict[str, list[Any]] = {}
+    for item in value:
+        name, _, text = str(item).partition("=")
+        table.setdefault(name.strip(), []).extend(values_of(text))
+    return table
 
 
 def _options(value: Any) -> Any:
@@ -79,11 +84,21 @@ class StudyOptions(DistillOptions):
                 "say --over temperature=1,2,4, or name arms in its file",
             )
             return [({"over", "arms"}, problem)]
-        if "seed" in self.over:
-            problem = Problem("over: seed is varied at every point", "", "leave it out, and say --seeds N")
-            return [({"over"}, problem)]
+        if "seed" in self.over or "seed" in self.model_fields_set:
+            place = "over" if "seed" in self.over else "seed"
+            problem = Problem(
+                f"{place}: a study varies the seed itself", "each point has seeds 0, 1, …", "say --seeds N"
+            )
+            return [({place}, problem)]
+        named = {"over": self.over, **{f"arms.{arm}": given for arm, given in self.arms.items()}}
+        own = [(place, name) for place, given in named.items() for name in given if name in _OWN]
+        found = [
+            Problem(f"{place}: {name} cannot differ by point", "a study sets it itself", "leave it out")
+            for place, name in own
+        ]
         empty = [name for name, values in self.over.items() if not values]
-        return [({"over"}, Problem(f"over: {n} has no values", "", f"say --over {n}=A,B")) for n in empty]
+        found += [Problem(f"over: {name} has no values", "", f"say --over {name}=A,B") for name in empty]
+        return [({"over", "arms"}, problem) for problem in found]
 
 
 @dataclass(frozen=True)
@@ -98,6 +113,8 @@ class Point:
     """Options of `distill`, without a seed."""
     baseline: str | None
     """The point that it is compared with; None for a baseline itself."""
+    on_grid: bool = False
+    """Whether it is one of the points that were asked for."""
 
     @property
     def folder(self) -> str:
@@ -125,16 +142,15 @@ def points_of(options: StudyOptions, before: Path) -> dict[str, Point]:
     Raises:
         ConfigError: an option is unknown, or a point cannot be; everything that is wrong, at once.
     """
-    options = options.model_copy(update={"arms": _placed(options.arms, before)})
-    shared = _placed(_shared(options), before)
+    options = options.model_copy(update={"arms": _filled(options.arms, "{before}", before)})
+    shared = _filled(_shared(options), "{before}", before)
     points: dict[str, Point] = {}
     for settings, given in _grid(options, shared):
         partner = _partner(options, settings, given, shared)
-        own = _point(settings, given)
-        for point in (own, *([_point(*partner)] if partner else [])):
-            points.setdefault(point.name, point)
-        if partner and (name := _point(*partner).name) != own.name:
-            points[own.name] = Point(own.name, own.settings, own.given, name)
+        own = replace(_point(settings, given), on_grid=True)
+        other = _point(*partner) if partner else own
+        points[own.name] = replace(own, baseline=other.name) if other.name != own.name else own
+        points.setdefault(other.name, other)
     ordered = sorted(points.values(), key=lambda point: point.baseline is None and options.baseline != "none")
     _check(ordered)
     return {point.name: point for point in ordered}
@@ -150,19 +166,45 @@ def training_before(options: StudyOptions, before: Path) -> list[TrainOptions]:
     shared = {name: value for name, value in _shared(options).items() if name in known}
     made = []
     for given in options.before:
-        name = str(given.get("name", given.get("model", "")))
         rest = {option: value for option, value in given.items() if option != "name"}
-        made.append(resolve(TrainOptions, {**shared, **rest, "out": before / name}))
+        made.append(resolve(TrainOptions, {**shared, **rest, "out": before / _name_of(given)}))
+    names = [_name_of(given) for given in options.before]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ConfigError(
+            f"before: {', '.join(twice)} is there twice",
+            "a network is kept under its name",
+            "give each a name: {name: weak, model: …}",
+        )
     return made
 
 
-def _placed(value: Any, before: Path) -> Any:
-    """The value with `{before}` in all its texts replaced."""
+def _name_of(network: Mapping[str, Any]) -> str:
+    """The name of a network of `before`, which is that of its folder."""
+    return str(network.get("name", network.get("model", "")))
+
+
+def located(options: StudyOptions, home: Path) -> StudyOptions:
+    """The same, with `{here}` replaced by `home`, the folder of the study's file."""
+    given = {name: getattr(options, name) for name in options.model_fields_set & {"arms", "before", "over"}}
+    return options.model_copy(update=_filled(given, "{here}", home))
+
+
+def _filled(value: Any, name: str, path: Path) -> Any:
+    """The value with a path in place of its name in all texts."""
     if isinstance(value, str):
-        return value.replace("{before}", str(before))
+        return value.replace(name, str(path))
     if isinstance(value, Mapping):
-        return {name: _placed(inner, before) for name, inner in value.items()}
-    return [_placed(inner, before) for inner in value] if isinstance(value, (list, tuple)) else value
+        return {key: _filled(inner, name, path) for key, inner in value.items()}
+    return [_filled(inner, name, path) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of distill from several places, each name of a table by itself; the last counts."""
+    merged = Merged(DistillOptions)
+    for layer in layers:
+        for name, value in layer.items():
+            merged.assign(SHORT.get(name, name), value, "")
+    return merged.values
 
 
 def _shared(options: StudyOptions) -> dict[str, Any]:
@@ -180,7 +222,7 @@ def _grid(
     for (arm, more), values in itertools.product(arms.items(), itertools.product(*options.over.values())):
         varied = dict(zip(options.over, values, strict=True))
         settings = ({ARM: arm} if options.arms else {}) | varied
-        yield settings, {**shared, **more, **varied}
+        yield settings, _merged(shared, more, varied)
 
 
 def _partner(
@@ -191,9 +233,9 @@ def _partner(
         return None
     if options.baseline == LABELS:
         soft = {ARM} if all(_is_soft(name) for arm in options.arms.values() for name in arm) else set()
-        kept = {name: value for name, value in settings.items() if not (_is_soft(name) or name in soft)}
         plain = {name: value for name, value in given.items() if not _is_soft(name)}
-        return {**kept, "soft_weight": 0.0}, {**plain, "soft_weight": 0.0}
+        kept = [name for name in settings if name == "soft_weight" or not (_is_soft(name) or name in soft)]
+        return {**{name: settings[name] for name in kept}, "soft_weight": 0.0}, {**plain, "soft_weight": 0.0}
     assert isinstance(options.baseline, dict)
     changed = dict(options.baseline)
     arm = changed.pop(ARM, None)
@@ -206,7 +248,7 @@ def _partner(
     over = {name: value for name, value in settings.items() if name != ARM}
     chosen = options.arms.get(arm or settings.get(ARM, ""), {})
     named = {ARM: arm} if arm is not None else {}
-    return {**settings, **named, **changed}, {**shared, **chosen, **over, **changed}
+    return {**settings, **named, **changed}, _merged(shared, chosen, over, changed)
 
 
 def _is_soft(name: str) -> bool:
@@ -221,7 +263,7 @@ def _point(settings: Mapping[str, Any], given: Mapping[str, Any]) -> Point:
 def shown(value: Any) -> str:
     """A value of a setting as text."""
     if isinstance(value, float):
-        return f"{value:g}"
+        return f"{value:.12g}"
     if isinstance(value, (list, tuple)):
         return "+".join(map(shown, value))
     if isinstance(value, Mapping):
@@ -258,7 +300,8 @@ def facts(options: StudyOptions) -> dict[str, Any]:
     shared = json.loads(StudyOptions.model_dump_json(options, exclude_unset=True))
     left_out = free | {"study", "out", "overwrite", "jobs"}
     kept = {name: value for name, value in shared.items() if name not in left_out}
-    return flat(kept) | {f"arms.{name}": arm for name, arm in shared.get("arms", {}).items()}
+    first = {f"before.{_name_of(given)}": given for given in shared.get("before", [])}
+    return flat(kept) | {f"arms.{name}": arm for name, arm in shared.get("arms", {}).items()} | first
 
 
 def to_yaml(options: StudyOptions) -> str:

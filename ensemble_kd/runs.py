@@ -85,7 +85,12 @@ class Run:
             raise RunError(
                 f"cannot write to {folder}", str(error.strerror), "name another folder: --out PATH"
             ) from error
+        except RunError:
+            run.unlock()
+            raise
         except BaseException:
+            if run.held is not None and not run.path("status.json").is_file():
+                run.path("config.yaml").unlink(missing_ok=True)
             run.unlock()
             raise
         return run
@@ -125,7 +130,10 @@ class Run:
     def _check_free(self, overwrite: bool) -> None:
         if not self.folder.exists():
             return
-        if self.folder.is_dir() and {path.name for path in self.folder.iterdir()} <= {"lock"}:
+        found = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else {""}
+        found = {name for name in found if not (name.startswith(".") and name.endswith(".tmp"))}
+        # With a lock and no status.json, config.yaml is that of a run which was killed as it began.
+        if found <= {"lock"} or found == {"lock", "config.yaml"}:
             return
         known = self.path("status.json").is_file()
         if overwrite and known:

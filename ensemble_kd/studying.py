@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ensemble_kd import files
+from ensemble_kd import files, training
 from ensemble_kd.analysis.features import analyze_features
 from ensemble_kd.analysis.studies import StudyResult, check_measures, summarise
 from ensemble_kd.analysis.surface import analyze_surface
@@ -24,7 +24,7 @@ from ensemble_kd.console import hushed, log, progress
 from ensemble_kd.device import choose_device
 from ensemble_kd.distillation import distill_with, go_on
 from ensemble_kd.errors import ConfigError, EkdError, RunError, TrainingError, nearest
-from ensemble_kd.grid import Point, StudyOptions, facts, points_of, to_yaml, training_before
+from ensemble_kd.grid import Point, StudyOptions, facts, located, points_of, to_yaml, training_before
 from ensemble_kd.interrupts import as_interrupt
 from ensemble_kd.locks import lock
 from ensemble_kd.runs import RUNS, Run
@@ -32,7 +32,6 @@ from ensemble_kd.schema import TrainOptions
 from ensemble_kd.setting import Objects
 from ensemble_kd.shared import Shared
 from ensemble_kd.together import distill_together, fleets
-from ensemble_kd.training import train
 
 STUDIES = Path("examples") / "studies"
 _ANALYSES: dict[str, Callable[..., object]] = {"features": analyze_features, "surface": analyze_surface}
@@ -67,10 +66,11 @@ def study(
     """
     file = _file(study, config_file)
     chosen = resolve(StudyOptions, options, file=file, sets=sets)
+    chosen = located(chosen, file.parent) if file else chosen
     _tell_what_is_left_out(file, chosen)
     folder = chosen.out or RUNS / f"study-{file.stem if file else '-'.join(chosen.over) or 'arms'}"
     before = folder / "before"
-    check_measures(chosen.measures)
+    check_measures(chosen)
     points, first = points_of(chosen, before), training_before(chosen, before)
     _claim(folder, chosen)
     for network in first:
@@ -91,7 +91,7 @@ def _file(name: str | Path | None, config_file: str | Path | None) -> Path | Non
         return Path(config_file) if config_file else None
     if config_file is not None:
         raise ConfigError("the study is named twice", f"{name} and {config_file}", "name one of them")
-    places = [STUDIES, Path(__file__).parents[1] / STUDIES]
+    places = [STUDIES, Path(__file__).parents[1] / STUDIES, Path(__file__).parent / STUDIES.name]
     found = [Path(name), *(place / f"{name}.yaml" for place in places)]
     for path in found:
         if path.is_file():
@@ -114,8 +114,13 @@ def _tell_what_is_left_out(file: Path | None, chosen: StudyOptions) -> None:
 
 def _claim(folder: Path, options: StudyOptions) -> None:
     """Write study.yaml; what was made before by other options is refused or, where that is wanted, removed."""
+    with _alone(folder):
+        _write_claim(folder, options)
+
+
+def _write_claim(folder: Path, options: StudyOptions) -> None:
     path = folder / "study.yaml"
-    if folder.exists() and any(folder.iterdir()) and not path.is_file():
+    if not path.is_file() and {own.name for own in folder.iterdir()} > {"lock"}:
         raise RunError(
             f"{folder} is not empty",
             "a study writes to a folder of its own",
@@ -126,9 +131,10 @@ def _claim(folder: Path, options: StudyOptions) -> None:
         shutil.rmtree(folder / "before", ignore_errors=True)
     elif path.is_file():
         kept, now = facts(resolve(StudyOptions, read_yaml(path))), facts(options)
-        arms = [name for name in kept if name.startswith("arms.") and name not in now]
-        changed = [n for n in {**kept, **now} if kept.get(n) != now.get(n) and n not in arms]
-        changed = [name for name in changed if not (name.startswith("arms.") and name not in kept)]
+        added = [
+            n for n in {**kept, **now} if n.startswith(("arms.", "before.")) and (n in kept) != (n in now)
+        ]
+        changed = [n for n in {**kept, **now} if kept.get(n) != now.get(n) and n not in added]
         if changed:
             told = "; ".join(f"{n} was {kept.get(n)}, is {now.get(n)}" for n in changed)
             raise ConfigError(
@@ -140,12 +146,14 @@ def _claim(folder: Path, options: StudyOptions) -> None:
 
 
 def _prepare(network: TrainOptions) -> None:
-    """Train a network that points need, or wait for the process that does."""
+    """Train a network that points need, go on with it, or wait for the process that does."""
     folder = Path(str(network.out))
     while not _is_finished(folder):
         try:
-            given = network.model_dump(exclude_unset=True, exclude={"overwrite"})
-            train(**given, overwrite=folder.exists())
+            if not (folder / "status.json").is_file():
+                training.train(**network.model_dump(exclude_unset=True, exclude={"overwrite"}))
+            elif (run := _unfinished(folder)) is not None:
+                training.go_on(run)
         except RunError:
             if not (_is_busy(folder) or _is_finished(folder)):
                 raise
@@ -162,7 +170,8 @@ def _work(folder: Path, points: Mapping[str, Point], options: StudyOptions) -> d
     left, told_once = [one for one in left if one not in done], True
     with _helpers(folder, options.jobs if left else 1), progress("study", len(left)) as advance:
         if options.fleet and choose_device(options.device).type == "cuda":
-            _fly(folder, left, options, shared, advance)
+            with _alone(folder / "points"):  # others wait, and find the fleets' runs finished
+                _fly(folder, left, options, shared, advance)
             left = [one for one in left if not _is_done(run_folder(folder, *one), options)]
         while left:
             busy = []
@@ -198,11 +207,19 @@ def _fly(
     chosen = [
         point.options(seed, out=run_folder(folder, point, seed), device=options.device) for point, seed in new
     ]
-    for group in fleets(chosen):
+    groups = fleets(chosen)
+    while groups:
+        group = groups.pop(0)
         if len(group) == 1:
             continue
-        with hushed():
-            reason = distill_together([chosen[position] for position in group], shared)
+        try:
+            with hushed():
+                reason = distill_together([chosen[position] for position in group], shared)
+        except torch.OutOfMemoryError:
+            half = (len(group) + 1) // 2
+            log.info("study: a fleet of %d does not fit into memory; next %d at once", len(group), half)
+            groups[:0] = [group[:half], group[half:]]
+            continue
         if reason:
             log.info("study: %s and others are trained one after another: %s", new[group[0]][0].name, reason)
         else:
@@ -228,20 +245,49 @@ def _is_done(folder: Path, options: StudyOptions) -> bool:
 def _finish(folder: Path, point: Point, seed: int, options: StudyOptions, shared: Shared) -> bool:
     """Make or go on with a run; False where another process is at it."""
     try:
-        if (folder / "status.json").is_file():
-            if not _is_finished(folder):
-                go_on(Run.open(folder).locked(), shared)
-        else:
+        if not (folder / "status.json").is_file():
             chosen = point.options(seed, out=folder, device=options.device)
             distill_with(chosen, Objects({}, shared=shared))
+        elif (run := _unfinished(folder)) is not None:
+            go_on(run, shared)
+        if not _is_done(folder, options):
+            _analyse(Run.open(folder).locked(), options)
     except RunError:
         if _is_busy(folder) or _is_finished(folder):
             return _is_done(folder, options)
         raise
-    for name in options.analyses:
-        if not (folder / "analysis" / f"{name}.json").is_file():
-            _ANALYSES[name](folder, quick=True, device=options.device)
     return True
+
+
+def _analyse(run: Run, options: StudyOptions) -> None:
+    """Make the analyses that are not there; the run is held meanwhile, so that no other process makes them too."""
+    try:
+        for name in options.analyses:
+            if not run.path(f"analysis/{name}.json").is_file():
+                _ANALYSES[name](run.folder, quick=True, device=options.device)
+    finally:
+        run.unlock()
+
+
+def _unfinished(folder: Path) -> Run | None:
+    """The run, held, if it is not finished: looked at under its lock, as another process may have been faster."""
+    run = Run.open(folder).locked()
+    if run.status()["state"] != "finished":
+        return run
+    run.unlock()
+    return None
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock, after waiting for the process that holds it."""
+    held = lock(folder, lambda: None)
+    assert held is not None
+    try:
+        yield
+    finally:
+        (folder / "lock").unlink(missing_ok=True)
+        held.close()
 
 
 def _is_busy(folder: Path) -> bool:

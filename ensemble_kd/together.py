@@ -9,6 +9,7 @@ from typing import Any
 
 from ensemble_kd.console import log
 from ensemble_kd.distillation import finish, new_run, objective_of
+from ensemble_kd.errors import RunError
 from ensemble_kd.files import sha256_json
 from ensemble_kd.fleet import Member, fit_together, unfit
 from ensemble_kd.judges import Judges, combined, teachers_of
@@ -58,6 +59,10 @@ def distill_together(options: Sequence[DistillOptions], shared: Shared) -> str:
         KeyboardInterrupt: after Ctrl-C or SIGTERM; students of an unfinished fleet leave nothing.
         EkdError: see `distill`.
     """
+    if options[0].profile:
+        return "each is profiled"
+    if options[0].compile:
+        return "each is compiled"
     prepared = [_prepare(own, shared) for own in options]
     first = prepared[0]
     if reason := unfit(first.member, first.setting.transfer):
@@ -65,15 +70,26 @@ def distill_together(options: Sequence[DistillOptions], shared: Shared) -> str:
     train, val, device = first.setting.transfer, first.setting.data.val, first.setting.device
     log.info("fleet: %d students are trained together", len(prepared))
     members = [one.member for one in prepared]
-    histories = fit_together(members, train, val, device, f"fleet of {len(prepared)}")
+    name, record = f"fleet of {len(prepared)}", first.setting.options.cuda_graph
+    histories = fit_together(members, train, val, device, name, record)
     for one, history in zip(prepared, histories, strict=True):
-        if history is None:
-            continue
-        run = new_run(one.setting)
-        with run.working():
-            run.keep_network("student", one.member.model, history)
-            finish(run, one.setting, one.names, Stopwatch(), history)
+        if history is not None:
+            _keep(one, history)
     return ""
+
+
+def _keep(one: _Prepared, history: list[dict[str, Any]]) -> None:
+    """The run of a student that was trained, unless another process has made it meanwhile."""
+    try:
+        run = new_run(one.setting)
+    except RunError as error:
+        log.info("%s", error)
+        return
+    watch = Stopwatch()
+    watch.seconds["student"] = round(sum(row["seconds"] for row in history), 3)
+    with run.working():
+        run.keep_network("student", one.member.model, history)
+        finish(run, one.setting, one.names, watch, history)
 
 
 def _prepare(options: DistillOptions, shared: Shared) -> _Prepared:

@@ -186,12 +186,66 @@ def test_only_what_differs_in_numbers_flies_together(tmp_path: Path) -> None:
         ({"combine": "entropy"}, ""),
         ({"combine": "confidence"}, "teachers run live, or are weighted by batch"),
         ({"feature_weight": 0.1}, "features are distilled"),
+        ({"profile": True}, "each is profiled"),
+        ({"compile": True}, "each is compiled"),
     ],
 )
 def test_what_cannot_fly_says_why(tmp_path: Path, given: dict[str, Any], why: str) -> None:
     cases = [options(tmp_path / str(seed), seed=seed, epochs=1, **given) for seed in range(2)]
     assert distill_together(cases, SHARED) == why
     assert (tmp_path / "0").exists() == (not why)
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ("net.idle = nn.Linear(2, 2)", "the network cannot be vectorised ("),
+        ("net[1].requires_grad_(False)", "some weights are frozen"),
+    ],
+)
+def test_a_network_of_yours_that_would_be_trained_otherwise_does_not_fly(
+    tmp_path: Path, more: str, why: str
+) -> None:
+    code = tmp_path / "mine.py"
+    code.write_text(
+        "from torch import nn\n"
+        "class Net(nn.Sequential):\n"
+        "    def forward(self, x):\n"
+        "        return self[1](self[0](x))\n"
+        "def make(num_classes):\n"
+        f"    net = Net(nn.Flatten(), nn.Linear(64, num_classes))\n    {more}\n    return net\n"
+    )
+    cases = [
+        options(tmp_path / str(seed), seed=seed, student=f"py:{code}:make", student_size=8)
+        for seed in range(2)
+    ]
+    assert distill_together(cases, SHARED).startswith(why)
+
+
+def test_a_student_that_is_not_finite_at_the_end_alone_leaves_no_run(tmp_path: Path) -> None:
+    """One step: its loss was that of the first weights."""
+    common = {"epochs": 1, "batch_size": 160}
+    cases = [options(tmp_path / "fine", **common), options(tmp_path / "wild", **{**common, "lr": 1e30})]
+    assert distill_together(cases, SHARED) == ""
+    assert (tmp_path / "fine" / "metrics.json").is_file()
+    assert not (tmp_path / "wild").exists()
+
+
+def test_a_run_that_another_process_made_meanwhile_is_left_to_it(tmp_path: Path) -> None:
+    cases = [options(tmp_path / str(seed), seed=seed, epochs=1) for seed in range(2)]
+    distill_with(cases[0], Objects({}, shared=SHARED))
+    before = (tmp_path / "0" / "status.json").stat().st_mtime_ns
+    assert distill_together(cases, SHARED) == ""
+    assert (tmp_path / "0" / "status.json").stat().st_mtime_ns == before
+    assert (tmp_path / "1" / "metrics.json").is_file()
+
+
+def test_a_run_of_a_fleet_counts_the_seconds_of_its_training(tmp_path: Path) -> None:
+    cases = [options(tmp_path / str(seed), seed=seed, epochs=1) for seed in range(2)]
+    assert distill_together(cases, SHARED) == ""
+    run = Run.open(tmp_path / "1")
+    trained = sum(row["seconds"] for row in run.history())
+    assert run.metrics()["seconds"]["student"] >= trained - 0.001 > 0
 
 
 def test_dropout_does_not_fly() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from ensemble_kd.config import resolve, values_of
 from ensemble_kd.errors import ConfigError
-from ensemble_kd.grid import Point, StudyOptions, facts, points_of, to_yaml, training_before
+from ensemble_kd.grid import Point, StudyOptions, facts, located, points_of, to_yaml, training_before
 
 BEFORE = Path("before")
 TEACHERS = {"teachers": ["lenet", "resnet8"]}
@@ -99,11 +99,41 @@ def test_names_of_points_can_be_files_and_differ() -> None:
     assert all(len(name) < 120 and "/" not in name for name in names)
 
 
+def test_tables_of_options_are_merged_name_by_name() -> None:
+    common = {"batch_size": 32, "epochs": 3, "training": {"clip_norm": 1.0}}
+    arms = {"a": {"training": {"lr": 0.1}}, "b": {"training.clip_norm": None}}
+    of = {
+        name: point.options(0).training
+        for name, point in points(arms=arms, **common, baseline="none").items()
+    }
+    assert (of["arm=a"].batch_size, of["arm=a"].epochs, of["arm=a"].lr) == (32, 3, 0.1)
+    assert (of["arm=a"].clip_norm, of["arm=b"].clip_norm, of["arm=b"].batch_size) == (1.0, None, 32)
+    own = points(over={"training": [{"lr": 0.1}]}, **common)
+    assert {point.options(0).training.batch_size for point in own.values()} == {32}
+
+
+def test_a_soft_weight_of_0_keeps_its_place_so_that_it_is_its_own_baseline() -> None:
+    for over in ({"soft_weight": [0, 0.5], "lr": [0.1]}, {"lr": [0.1], "soft_weight": [0, 0.5]}):
+        found = points(over=over)
+        assert len(found) == 2
+        assert all(point.on_grid for point in found.values())
+    assert [p.on_grid for p in points(over={"temperature": [1]}).values()] == [True, False]
+
+
+def test_values_that_differ_late_are_points_of_their_own() -> None:
+    assert list(points(over={"lr": [0.1234567, 0.1234568]}, baseline="none")) == [
+        "lr=0.1234567",
+        "lr=0.1234568",
+    ]
+
+
 def test_texts_of_the_command_line_become_values() -> None:
     assert values_of("1,2.5,kl") == [1, 2.5, "kl"]
     assert values_of("[[a, b], [c]]") == [["a", "b"], ["c"]]
     options = resolve(StudyOptions, {**TEACHERS, "over": ["temperature=1,2", "teachers=[[lenet],[resnet8]]"]})
     assert options.over == {"temperature": [1, 2], "teachers": [["lenet"], ["resnet8"]]}
+    again = resolve(StudyOptions, {**TEACHERS, "over": ["temperature=1,2", "temperature=4"]})
+    assert again.over == {"temperature": [1, 2, 4]}
 
 
 @pytest.mark.parametrize(
@@ -111,7 +141,10 @@ def test_texts_of_the_command_line_become_values() -> None:
     [
         ({}, "over: nothing is varied"),
         ({"over": ["temperature="]}, "over: temperature has no values"),
-        ({"over": {"seed": [1, 2]}}, "over: seed is varied at every point"),
+        ({"over": {"seed": [1, 2]}}, "over: a study varies the seed itself"),
+        ({"over": {"temperature": [1]}, "seed": 3}, "seed: a study varies the seed itself"),
+        ({"over": {"device": ["cpu", "cuda"]}}, "over: device cannot differ by point"),
+        ({"arms": {"a": {"out": "x"}}}, "arms.a: out cannot differ by point"),
         ({"over": {"temprature": [1]}}, "unknown option 'temprature'"),
         ({"over": {"temperature": [-1]}}, "temperature: -1 cannot be used"),
         ({"over": {"temperature": [1]}, "teachers": []}, "no teachers are named"),
@@ -145,6 +178,18 @@ def test_networks_trained_first_are_named_by_points() -> None:
     found = points_of(options, BEFORE)
     assert found["arm=weak"].options(0).teachers == ["before/weak"]
     assert found["arm=own"].options(0).teachers == ["py:a.py:make@before/weak/x.safetensors"]
+    twice = resolve(
+        StudyOptions, {"arms": arms, "before": [{"model": "lenet"}, {"model": "lenet", "seed": 1}]}
+    )
+    with pytest.raises(ConfigError, match="before: lenet is there twice"):
+        training_before(twice, BEFORE)
+
+
+def test_files_beside_a_study_are_found_from_anywhere() -> None:
+    options = resolve(StudyOptions, {"arms": {"a": {"teachers": ["py:{here}/mine.py:net"]}}})
+    found = points_of(located(options, Path("/some/where")), BEFORE)
+    assert found["arm=a"].options(0).teachers == ["py:/some/where/mine.py:net"]
+    assert located(options, Path()).model_fields_set == options.model_fields_set
 
 
 def test_a_study_is_the_same_after_its_yaml(tmp_path: Path) -> None:

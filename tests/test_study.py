@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 import os
+import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import seaborn
 import torch
 import yaml
 from scipy import stats
@@ -22,11 +24,13 @@ from support import refused
 import ensemble_kd
 from ensemble_kd import studying as module
 from ensemble_kd.analysis.intervals import t_interval
+from ensemble_kd.analysis.plots_study import draw_curves
 from ensemble_kd.analysis.studies import StudyResult
 from ensemble_kd.analysis.study_numbers import (
     best_on_validation,
     early_and_plateau,
     effect,
+    effects_of,
     sentences,
     summarise_points,
 )
@@ -157,7 +161,16 @@ def test_interrupted_and_started_again_it_ends_the_same(
     assert result.numbers["sentences"] == made.numbers["sentences"]
 
 
-def test_two_processes_share_the_points(made: StudyResult, tmp_path: Path) -> None:
+def test_two_processes_share_the_points(
+    made: StudyResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This process makes nothing before the other one has begun a run."""
+    real = module._finish
+
+    def after_the_other(folder: Path, *rest: Any) -> bool:
+        return any((tmp_path / "shared").glob("points/*/*/status.json")) and real(folder, *rest)
+
+    monkeypatch.setattr(module, "_finish", after_the_other)
     result = study(over={"temperature": [1, 8]}, **SMALL, jobs=2, out=tmp_path / "shared")
     keep = ("point", "seed", "accuracy", "nll")
     first, second = ([[row[k] for k in keep] for row in rows_of(f)] for f in (made.folder, result.folder))
@@ -174,6 +187,11 @@ def test_other_options_are_refused_with_the_difference_and_more_values_are_not(
         "bring that back, or name another folder: --out PATH (or make all anew: --overwrite)",
     ):
         study(over={"temperature": [1, 8]}, **{**SMALL, "epochs": 3}, out=made.folder)
+    shutil.copytree(made.folder, tmp_path / "more")
+    more = study(over={"temperature": [1, 8]}, **{**SMALL, "seeds": 3}, out=tmp_path / "more")
+    assert {tuple(point["seeds"]) for point in more.numbers["points"].values()} == {(0, 1, 2)}
+    kept = [row for row in rows_of(more.folder) if row["seed"] != "2"]
+    assert kept == rows_of(made.folder)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match="is not empty"):
         study(over={"temperature": [1]}, **SMALL, out=tmp_path, overwrite=True)
@@ -206,6 +224,72 @@ def test_a_point_that_diverges_is_told_and_the_others_are_kept(
     ]
 
 
+def test_a_study_whose_baseline_diverges_still_has_its_page(tmp_path: Path) -> None:
+    small = {**SMALL, "seeds": 1, "epochs": 1, "measures": "accuracy"}
+    result = study(over={"lr": [0.01]}, **small, baseline={"lr": 1e30}, out=tmp_path / "wild")
+    assert list(result.numbers["points"]) == ["lr=0.01"]
+    assert "lr=1e+30" in result.page.read_text()
+
+
+def test_a_run_that_was_killed_as_it_began_is_made(tmp_path: Path) -> None:
+    small = {**SMALL, "seeds": 1, "epochs": 1, "measures": "accuracy", "over": {"lr": [0.01]}}
+    begun = tmp_path / "s" / "points" / "lr=0.01" / "seed-0"
+    begun.mkdir(parents=True)
+    for name in ("lock", "config.yaml", ".status.json.0a.tmp"):
+        (begun / name).touch()
+    (tmp_path / "s" / "study.yaml").write_text("over: {lr: [0.01]}")
+    with pytest.raises(ConfigError, match="holds points of other options"):
+        study(**small, baseline="none", out=tmp_path / "s")
+    (tmp_path / "s" / "study.yaml").unlink()
+    begun.parents[1].rename(tmp_path / "points")
+    (tmp_path / "s").rmdir()
+    with pytest.MonkeyPatch.context() as patch:  # stopped right after it wrote study.yaml
+        patch.setattr(module, "_work", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            study(**small, baseline="none", out=tmp_path / "s")
+    (tmp_path / "points").rename(tmp_path / "s" / "points")
+    assert list(study(**small, baseline="none", out=tmp_path / "s").numbers["points"]) == ["lr=0.01"]
+
+
+def test_fleets_are_flown_by_one_process_at_a_time_and_halved_where_memory_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flown: list[int] = []
+
+    def fits_two(chosen: Sequence[DistillOptions], shared: Shared) -> str:
+        assert lock(tmp_path / "s" / "points") is None  # a second process waits
+        flown.append(len(chosen))
+        if len(chosen) > 2:
+            raise torch.OutOfMemoryError
+        return distill_together(chosen, shared)
+
+    monkeypatch.setattr(module, "choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(module, "distill_together", fits_two)
+    small = {**SMALL, "seeds": 4, "epochs": 1, "measures": "accuracy"}
+    result = study(over={"temperature": [4]}, **small, baseline="none", out=tmp_path / "s")
+    assert flown == [4, 2, 2]
+    assert result.numbers["points"]["temperature=4"]["seeds"] == [0, 1, 2, 3]
+
+
+def test_analyses_are_made_under_the_lock_of_their_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def analysis(folder: Path, **_: Any) -> None:
+        assert lock(folder) is None  # no other process can make it too
+        made.append(folder.name)
+        (folder / "analysis").mkdir(exist_ok=True)
+        (folder / "analysis" / "surface.json").write_text("{}")
+
+    monkeypatch.setitem(module._ANALYSES, "surface", analysis)
+    monkeypatch.setattr("ensemble_kd.analysis.studies._LIKENESS", {})
+    small = {**SMALL, "epochs": 1, "measures": "accuracy", "analyses": ["surface"]}
+    for _ in range(2):
+        study(over={"temperature": [4]}, **small, baseline="none", out=tmp_path / "s")
+    assert made == ["seed-0", "seed-1"]
+
+
 def test_networks_are_trained_first_and_once(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     first = {"name": "weak", "model": "lenet", "training.epochs": 1, "role": "control"}
@@ -220,6 +304,23 @@ def test_networks_are_trained_first_and_once(tmp_path: Path) -> None:
     assert list(result.numbers["points"]) == ["arm=weak", "arm=library"]
     study(file, out=tmp_path / "mine")
     assert (tmp_path / "mine" / "before" / "weak" / "model.safetensors").stat().st_mtime_ns == weights
+    asked["before"] = [{**first, "training.epochs": 2}]
+    file.write_text(yaml.safe_dump(asked, sort_keys=False))
+    with pytest.raises(ConfigError, match=r"before\.weak was .*'training\.epochs': 1"):
+        study(file, out=tmp_path / "mine")
+
+
+def test_a_network_that_another_process_just_finished_is_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not finished at the first look, and finished under the lock."""
+    chosen = {"model": "lenet", "training": {"epochs": 1}, "limit_train": 100, "out": tmp_path / "one"}
+    module._prepare(TrainOptions(**chosen))
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "one").iterdir()}
+    looks = iter([False, True])
+    monkeypatch.setattr(module, "_is_finished", lambda folder: next(looks))
+    module._prepare(TrainOptions(**chosen))
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "one").iterdir()} == before
 
 
 def test_a_network_that_another_process_trains_is_waited_for(
@@ -273,6 +374,10 @@ def test_an_unknown_study_is_told() -> None:
     assert caught.value.problems[0].fix == "did you mean 'regimes'?"
     with pytest.raises(ConfigError, match="measures: there is no 'acuracy'"):
         study(over={"temperature": [1]}, **{**SMALL, "measures": "acuracy"})
+    with pytest.raises(ConfigError, match="agreement_over_labels needs the control labels"):
+        study(over={"temperature": [1]}, **{**SMALL, "measures": "agreement_over_labels"})
+    with pytest.raises(ConfigError, match="cka_over_labels needs an analysis"):
+        study(over={"temperature": [1]}, controls="labels", **{**SMALL, "measures": "cka_over_labels"})
 
 
 # Numbers alone.
@@ -318,7 +423,57 @@ def test_sentences_claim_no_more_than_intervals_that_hold_together() -> None:
         said = sentences(points, baselines, {}, "base", ["accuracy"])
         assert said[0].startswith(f"accuracy against base: {told}")
         assert said[1].startswith("Chosen on the validation split: clear.")
-    assert best_on_validation(points, baselines) == "clear"
+        assert best_on_validation(points) == "clear"
+
+
+def test_a_baseline_can_be_the_best_on_validation_and_a_point_that_lost_seeds_cannot() -> None:
+    values = {"a": [0.5, 0.51], "b": [0.6, 0.62], "base": [0.7, 0.72], "one": [0.9]}
+    baselines = {"a": "base", "b": "base", "base": None, "one": "base"}
+    points = summarise_points(rows(values), baselines, ["accuracy", "val_accuracy"])
+    assert best_on_validation(points) == "base"
+    said = sentences(points, baselines, {}, "labels", ["accuracy"])
+    assert said[-1].startswith(
+        "Chosen on the validation split: base, a baseline; of the others b. On the test split, against labels, "
+        "by itself: accuracy -10.00 points"
+    )
+
+
+def test_an_effect_is_clear_only_if_it_holds_for_all_pairs_together() -> None:
+    alone = {"seeds": range(5), "means": {"val_accuracy": {"value": 0.5}}, "differences": {}}
+    generator = np.random.default_rng(0)
+    noise = 0.01 * generator.standard_normal((6, 5))
+    few = rows({"low": noise[0], "high": noise[1] + 0.02})
+    many = few + rows({f"x{n}": noise[n] + 0.01 for n in range(2, 6)})
+    found = [effects_of(table, ["t"], "accuracy")["t"] for table in (few, many)]
+    assert [one["pairs"] for one in found if one] == [1, 15]
+    for one in found:
+        assert one is not None
+        apart = np.subtract(noise[1] + 0.02, noise[0])
+        test = stats.ttest_1samp(apart, 0).confidence_interval(1 - 0.05 / one["pairs"])
+        assert [one["difference"][k] for k in ("all_low", "all_high")] == pytest.approx(list(test))
+    said = [sentences({"a": alone}, {}, {"t": {"accuracy": one}}, "", [])[-1]
+            for one in found]  # fmt: skip
+    assert said[0].endswith(": a clear difference (5 seeds).")
+    assert said[1].endswith(": no clear difference (5 seeds, 15 pairs of values together).")
+    assert effect(rows({"a": [0.5, 0.6], "b": [0.6, 0.5]}), "t", "accuracy") is None  # equally good
+
+
+def test_bands_are_over_seeds_also_where_lines_average_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten points, so that lines stand for values of t, whose runs with other w are no further seeds."""
+    curves = [
+        {"point": f"{t}{w}", "t": t, "w": str(w), "seed": seed, "step": 1, "measure": "accuracy", "percent": 10 * w + seed}
+        for t in "ab" for w in range(5) for seed in range(3)
+    ]  # fmt: skip
+    settings = {row["point"]: {"t": row["t"], "w": row["w"]} for row in curves}
+    numbers = {"points": settings, "settings": settings, "dimensions": ["t", "w"]}
+    drawn: list[pd.DataFrame] = []
+    monkeypatch.setattr(seaborn, "lineplot", lambda part, **_: drawn.append(part))
+    draw_curves(tmp_path / "curves.png", curves, numbers)
+    assert drawn[0][["t", "seed", "percent"]].to_numpy().tolist() == [
+        [t, seed, 20 + seed] for t in "ab" for seed in range(3)
+    ]
 
 
 def test_an_interval_without_width_makes_nothing_clear() -> None:
