@@ -137,7 +137,7 @@ def test_no_file_is_longer_than_400_lines_and_no_function_than_60():
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """The names in a wheel built from a copy of the sources, so that no old build lies beside them."""
     out, copy = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("copy")
-    for name in ("ensemble_kd", "teachers", "analysis"):
+    for name in ("ensemble_kd", "teachers", "analysis", "examples/studies"):
         shutil.copytree(ROOT / name, copy / name)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)
@@ -152,6 +152,7 @@ def test_the_wheel_holds_exactly_the_sources(wheel):
     for package, folder in FOLDERS.items():
         for path in folder.rglob("*.py"):
             expected.add(f"{package.replace('.', '/')}/{path.relative_to(folder)}")
+    expected |= {f"ensemble_kd/studies/{path.name}" for path in (ROOT / "examples" / "studies").glob("*.*")}
     assert {name for name in wheel if ".dist-info/" not in name} == expected
 
 
