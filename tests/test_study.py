@@ -458,6 +458,25 @@ def test_an_effect_is_clear_only_if_it_holds_for_all_pairs_together() -> None:
     assert effect(rows({"a": [0.5, 0.6], "b": [0.6, 0.5]}), "t", "accuracy") is None  # equally good
 
 
+def test_values_that_are_equally_good_are_rarely_called_clearly_different() -> None:
+    """Best and worst are chosen on validation, which shares the noise of training with the test split."""
+    generator, alone, together, studies = np.random.default_rng(0), 0, 0, 300
+    for _ in range(studies):
+        trained = generator.standard_normal((4, 5))
+        judged = {m: trained + 0.5 * generator.standard_normal((4, 5)) for m in ("accuracy", "val_accuracy")}
+        table = [
+            {"t": str(value), "seed": seed, **{m: judged[m][value, seed] for m in judged}}
+            for value in range(4)
+            for seed in range(5)
+        ]
+        found = effects_of(table, ["t"], "accuracy")["t"]
+        assert found is not None
+        difference = found["difference"]
+        alone += difference["low"] > 0 or difference["high"] < 0
+        together += difference["all_low"] > 0 or difference["all_high"] < 0
+    assert together / studies < 0.05 < 0.1 < alone / studies
+
+
 def test_bands_are_over_seeds_also_where_lines_average_other_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
