@@ -24,6 +24,8 @@ SOFT = (
     "unlabelled", "unlabelled_only",
 )  # fmt: skip
 """Options that say how soft targets are learned from: without soft targets they say nothing."""
+_IDLE = ("temperature", "loss", "loss_numbers", "soft_schedule", "soft_epochs")
+"""Those that say nothing at soft weight 0, whatever else is learned from."""
 ARM, LABELS = "arm", "labels"
 _OWN = ("seed", "out", "overwrite", "device")
 """Options of distill that a study sets itself, at every point."""
@@ -149,6 +151,9 @@ def points_of(options: StudyOptions, before: Path) -> dict[str, Point]:
         partner = _partner(options, settings, given, shared)
         own = replace(_point(settings, given), on_grid=True)
         other = _point(*partner) if partner else own
+        if options.baseline == LABELS and other.name != own.name and _same(own.given, other.given):
+            points.setdefault(other.name, other)  # one student on labels will do for all temperatures
+            continue
         points[own.name] = replace(own, baseline=other.name) if other.name != own.name else own
         points.setdefault(other.name, other)
     ordered = sorted(points.values(), key=lambda point: point.baseline is None and options.baseline != "none")
@@ -249,6 +254,12 @@ def _partner(
     chosen = options.arms.get(arm or settings.get(ARM, ""), {})
     named = {ARM: arm} if arm is not None else {}
     return {**settings, **named, **changed}, _merged(shared, chosen, over, changed)
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two sets of options with no soft weight train the same student."""
+    first, second = ({n: v for n, v in given.items() if n not in _IDLE} for given in (one, other))
+    return first == second
 
 
 def _is_soft(name: str) -> bool:

@@ -118,6 +118,13 @@ def test_a_soft_weight_of_0_keeps_its_place_so_that_it_is_its_own_baseline() -> 
         assert len(found) == 2
         assert all(point.on_grid for point in found.values())
     assert [p.on_grid for p in points(over={"temperature": [1]}).values()] == [True, False]
+    assert baselines(over={"temperature": [1, 4], "soft_weight": [0, 0.5]}) == {
+        "temperature=1,soft_weight=0.5": "soft_weight=0",
+        "temperature=4,soft_weight=0.5": "soft_weight=0",
+        "soft_weight=0": None,
+    }
+    more = baselines(over={"feature_weight": [0.1], "soft_weight": [0]})  # which features say something at
+    assert more == {"feature_weight=0.1,soft_weight=0": "soft_weight=0", "soft_weight=0": None}
 
 
 def test_values_that_differ_late_are_points_of_their_own() -> None:
