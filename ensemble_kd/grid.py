@@ -86,7 +86,7 @@ class StudyOptions(DistillOptions):
                 "say --over temperature=1,2,4, or name arms in its file",
             )
             return [({"over", "arms"}, problem)]
-        if "seed" in self.over or "seed" in self.model_fields_set:
+        if "seed" in self.over or self.seed != type(self).model_fields["seed"].default:
             place = "over" if "seed" in self.over else "seed"
             problem = Problem(
                 f"{place}: a study varies the seed itself", "each point has seeds 0, 1, …", "say --seeds N"

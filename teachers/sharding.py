@@ -10,8 +10,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from ensemble_kd import distributed
 from ensemble_kd.classifier import Classifier
@@ -49,6 +47,9 @@ def sharded(teacher: Teacher, device: torch.device) -> Teacher:
     """
     if teacher.sharded or distributed.size() == 1:
         return teacher
+    from torch.distributed.device_mesh import init_device_mesh  # a second, which only this road should take
+    from torch.distributed.fsdp import fully_shard
+
     classifier, probe = teacher.classifier.to("cpu"), _probe(teacher.classifier)
     wanted = predict_pixels(classifier, probe)
     mesh = init_device_mesh(device.type, (distributed.size(),))

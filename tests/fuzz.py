@@ -353,7 +353,7 @@ def study_file(folder: Path) -> Reader:
 
     def read(path: Path) -> None:
         chosen = config.resolve(StudyOptions, {}, file=path)
-        check_measures(chosen.measures)
+        check_measures(chosen)
         points_of(chosen, folder)
         training_before(chosen, folder)
 
