@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from ensemble_kd.errors import EkdError
 
@@ -63,3 +65,12 @@ def unexplained(value: Any, path: str = "", above: bool = False) -> list[str]:
     else:
         found = []
     return [place for places in found for place in places]
+
+
+def draw_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Figures are made, and blank ones saved: to lay them out takes longer than all else."""
+    from matplotlib.figure import Figure
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (640, 48)).save(buffer, format="png")
+    patch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(buffer.getvalue()))

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import draw_nothing
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SHOWS = {
@@ -31,6 +32,8 @@ SHOWS = {
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
 @pytest.mark.usefixtures("empty_folder")
 def test_example(name, shared_cache, monkeypatch, capsys):
+    if name != "toy_surface.py":
+        draw_nothing(monkeypatch)  # what pictures show is for other tests
     monkeypatch.setenv("EKD_CACHE", shared_cache)
     monkeypatch.setattr(sys, "argv", [str(EXAMPLES / name), "--fast"])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")

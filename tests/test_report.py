@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from collections import Counter
@@ -13,9 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from matplotlib.figure import Figure
-from PIL import Image
-from support import logged, refused, unexplained
+from support import draw_nothing, logged, refused, unexplained
 from typer.testing import CliRunner
 
 from ensemble_kd.analysis import gather
@@ -120,10 +117,8 @@ def numbers_in(value: Any) -> Iterator[float]:
 @pytest.fixture(scope="module", autouse=True)
 def _nothing_is_drawn(finished: DistillResult) -> Iterator[None]:
     """What pictures show is for other tests; to lay them out would take most of the time here."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (640, 48)).save(buffer, format="png")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(buffer.getvalue()))
+        draw_nothing(patch)
         yield
 
 
