@@ -280,8 +280,16 @@ def _unfinished(folder: Path) -> Run | None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock, after waiting for the process that holds it."""
-    held = lock(folder, lambda: None)
+    """Hold a folder's lock, after waiting for the process that holds it.
+
+    Raises:
+        RunError: it cannot be written to.
+    """
+    try:
+        held = lock(folder, lambda: None)
+    except OSError as error:
+        what, fix = f"cannot write to {folder}", "name another folder: --out PATH"
+        raise RunError(what, str(error.strerror), fix) from error
     assert held is not None
     try:
         yield

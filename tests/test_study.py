@@ -196,6 +196,14 @@ def test_other_options_are_refused_with_the_difference_and_more_values_are_not(
     with pytest.raises(RunError, match="is not empty"):
         study(over={"temperature": [1]}, **SMALL, out=tmp_path, overwrite=True)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert not (tmp_path / "lock").exists()
+    with refused(
+        RunError,
+        f"cannot write to {tmp_path / 'notes.txt'}",
+        "File exists",
+        "name another folder: --out PATH",
+    ):
+        study(over={"temperature": [1]}, **SMALL, out=tmp_path / "notes.txt")
 
 
 @pytest.mark.parametrize("flies", [False, True])
