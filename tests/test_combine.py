@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
@@ -85,22 +87,21 @@ def test_the_pools_are_these() -> None:
 @every_pool
 @every_count
 @every_kind
-@for_all_or_by_sample
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_the_target_equals_the_reference(
-    pool: str, count: int, kind: str, batch: int | None, dtype: torch.dtype
-) -> None:
-    logits = logits_of(kind, count).to(dtype)
-    weights, temperatures = a_simplex_point(count, batch), TEMPERATURES[:count]
-    # Rounding grows with the size of the tempered logits.
-    size = 10 + float((logits.double().abs().amax(dim=(1, 2)) / temperatures).max())
-    for after in (1.0, 2.5):
-        target = combine(logits, weights, temperatures, pool, after=after)
-        assert target.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        atol = size * (1e-14 if dtype == torch.float64 else 4e-7)
-        expected = reference(logits, weights, temperatures, pool, after)
-        np.testing.assert_allclose(target, expected, rtol=0, atol=atol)
-        assert_log_probabilities(target)
+def test_the_target_equals_the_reference(pool: str, count: int, kind: str) -> None:
+    for batch, dtype in itertools.product(
+        (None, B), (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    ):
+        logits = logits_of(kind, count).to(dtype)
+        weights, temperatures = a_simplex_point(count, batch), TEMPERATURES[:count]
+        # Rounding grows with the size of the tempered logits.
+        size = 10 + float((logits.double().abs().amax(dim=(1, 2)) / temperatures).max())
+        for after in (1.0, 2.5):
+            target = combine(logits, weights, temperatures, pool, after=after)
+            assert target.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+            atol = size * (1e-14 if dtype == torch.float64 else 4e-7)
+            expected = reference(logits, weights, temperatures, pool, after)
+            np.testing.assert_allclose(target, expected, rtol=0, atol=atol)
+            assert_log_probabilities(target)
 
 
 @every_pool
@@ -117,13 +118,12 @@ def test_targets_are_finite_where_their_probabilities_underflow(pool: str, dtype
 
 @every_pool
 @every_kind
-@every_count
-@for_all_or_by_sample
-def test_identical_teachers_are_one_teacher(pool: str, kind: str, count: int, batch: int | None) -> None:
-    one = logits_of(kind, 1)
-    weights = a_simplex_point(count, batch)
-    target = combine(one.expand(count, B, C), weights, torch.full((count,), 4.0), pool)
-    np.testing.assert_allclose(target, log_softmax(one[0] / 4, axis=1), rtol=1e-12, atol=1e-9)
+def test_identical_teachers_are_one_teacher(pool: str, kind: str) -> None:
+    for count, batch in itertools.product(range(1, 6), (None, B)):
+        one = logits_of(kind, 1)
+        weights = a_simplex_point(count, batch)
+        target = combine(one.expand(count, B, C), weights, torch.full((count,), 4.0), pool)
+        np.testing.assert_allclose(target, log_softmax(one[0] / 4, axis=1), rtol=1e-12, atol=1e-9)
 
 
 @every_pool
@@ -305,25 +305,22 @@ def stationary(p: np.ndarray, w: np.ndarray, known: np.ndarray) -> np.ndarray:
 
 
 @every_kind
-@every_count
-@for_all_or_by_sample
 @pytest.mark.parametrize("pool", ["prob", "pool-then-temper"])
-def test_teachers_that_know_all_are_mixed_as_ever(
-    kind: str, count: int, batch: int | None, pool: str
-) -> None:
-    logits, weights, temperatures = (
-        logits_of(kind, count),
-        a_simplex_point(count, batch),
-        TEMPERATURES[:count],
-    )
-    known = torch.ones(count, C, dtype=torch.bool)
-    for after in (1.0, 2.5):
-        target = combine(logits, weights, temperatures, pool, known=known, after=after)
-        expected = reference(logits, weights, temperatures, pool, after)
-        np.testing.assert_allclose(target.exp(), np.exp(expected), atol=1e-9)
-        seen = expected > -25  # far below, a bound may stand for them
-        np.testing.assert_allclose(target.numpy()[seen], expected[seen], rtol=1e-9, atol=1e-9)
-        assert_log_probabilities(target)
+def test_teachers_that_know_all_are_mixed_as_ever(kind: str, pool: str) -> None:
+    for count, batch in itertools.product(range(1, 6), (None, B)):
+        logits, weights, temperatures = (
+            logits_of(kind, count),
+            a_simplex_point(count, batch),
+            TEMPERATURES[:count],
+        )
+        known = torch.ones(count, C, dtype=torch.bool)
+        for after in (1.0, 2.5):
+            target = combine(logits, weights, temperatures, pool, known=known, after=after)
+            expected = reference(logits, weights, temperatures, pool, after)
+            np.testing.assert_allclose(target.exp(), np.exp(expected), atol=1e-9)
+            seen = expected > -25  # far below, a bound may stand for them
+            np.testing.assert_allclose(target.numpy()[seen], expected[seen], rtol=1e-9, atol=1e-9)
+            assert_log_probabilities(target)
 
 
 @every_pattern
@@ -460,16 +457,14 @@ def test_all_the_weight_on_one_partial_teacher_gives_that_teacher(rows: list[str
 
 @every_pattern
 @every_kind
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_partial_teachers_give_finite_log_probabilities(
-    rows: list[str], kind: str, dtype: torch.dtype
-) -> None:
-    known, count = mask(rows), len(rows)
-    for seed in range(3):
-        logits = logits_of(kind, count, seed=seed).to(dtype)
-        target = combine(logits, a_simplex_point(count, B, seed), TEMPERATURES[:count], known=known)
-        assert target.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        assert_log_probabilities(target)
+def test_partial_teachers_give_finite_log_probabilities(rows: list[str], kind: str) -> None:
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        known, count = mask(rows), len(rows)
+        for seed in range(3):
+            logits = logits_of(kind, count, seed=seed).to(dtype)
+            target = combine(logits, a_simplex_point(count, B, seed), TEMPERATURES[:count], known=known)
+            assert target.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+            assert_log_probabilities(target)
 
 
 def test_logits_of_partial_teachers_cannot_be_pooled() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import numpy as np
 import pytest
@@ -221,37 +222,36 @@ def test_every_loss_has_a_reference() -> None:
     assert set(REFERENCES) == set(LOSSES)
 
 
-@each_temperature
 @each_defined
-def test_losses_equal_the_reference(
-    name: str, numbers: dict[str, float], case: str, temperature: float
-) -> None:
-    for dtype in (torch.float64, torch.float32):
-        logits, log_target = (values.to(dtype) for values in CASES[case])
-        expected = reference(name, logits, log_target, temperature, numbers)
-        loss = compute(name, logits, log_target, temperature, numbers)
-        near = {"rel": max(1e-6 if name == "logit-std" else 1e-10, 100 * torch.finfo(dtype).eps)}
-        near["abs"] = rounding(name, logits, log_target, temperature, numbers) * max(1.0, temperature)
-        assert loss.dtype == dtype
-        assert float(loss) == pytest.approx(expected, **near), dtype
+def test_losses_equal_the_reference(name: str, numbers: dict[str, float], case: str) -> None:
+    for temperature in TEMPERATURES:
+        for dtype in (torch.float64, torch.float32):
+            logits, log_target = (values.to(dtype) for values in CASES[case])
+            expected = reference(name, logits, log_target, temperature, numbers)
+            loss = compute(name, logits, log_target, temperature, numbers)
+            near = {"rel": max(1e-6 if name == "logit-std" else 1e-10, 100 * torch.finfo(dtype).eps)}
+            near["abs"] = rounding(name, logits, log_target, temperature, numbers) * max(1.0, temperature)
+            assert loss.dtype == dtype
+            assert float(loss) == pytest.approx(expected, **near), dtype
 
 
-@each_temperature
 @each_defined
 def test_gradients_are_finite_and_the_same_in_float32(
-    name: str, numbers: dict[str, float], case: str, temperature: float
+    name: str, numbers: dict[str, float], case: str
 ) -> None:
-    logits, log_target = CASES[case]
-    wide, narrow = (
-        gradient(lambda z: compute(name, z, log_target.to(z), temperature, numbers), logits.to(dtype))
-        for dtype in (torch.float64, torch.float32)
-    )
-    assert wide.isfinite().all()
-    assert narrow.isfinite().all()
-    # z-scores and correlations of equal values have no derivative.
-    if not (name in ("dist", "logit-std") and case in ("all equal", "ties")):
-        near = rounding(name, logits.float(), log_target, temperature, numbers)
-        np.testing.assert_allclose(narrow, wide, rtol=0, atol=1e-5 * float(wide.abs().max()) + near)
+    for temperature in TEMPERATURES:
+        logits, log_target = CASES[case]
+        loss = partial(compute, name, temperature=temperature, numbers=numbers)
+        wide, narrow = (
+            gradient(partial(loss, log_target=log_target.to(dtype)), logits.to(dtype))
+            for dtype in (torch.float64, torch.float32)
+        )
+        assert wide.isfinite().all()
+        assert narrow.isfinite().all()
+        # z-scores and correlations of equal values have no derivative.
+        if not (name in ("dist", "logit-std") and case in ("all equal", "ties")):
+            near = rounding(name, logits.float(), log_target, temperature, numbers)
+            np.testing.assert_allclose(narrow, wide, rtol=0, atol=1e-5 * float(wide.abs().max()) + near)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
