@@ -12,6 +12,7 @@ from scipy.stats import entropy
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from torch import Tensor
 
+from ensemble_kd import metrics
 from ensemble_kd.metrics import (
     CALIBRATION_BINS,
     bootstrap_mean,
@@ -250,3 +251,14 @@ def test_mean_and_spread_over_runs() -> None:
     mean, spread = mean_and_spread([0.5])
     assert mean == 0.5
     assert math.isnan(spread)
+
+
+def test_resamples_that_are_kept_are_those_that_are_drawn_again(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = (
+        torch.randn(250, 4, generator=generator),
+        torch.randint(0, 4, (250,), generator=generator),
+    )
+    kept = [measure(logits, labels, resamples=230)["ece"] for _ in range(2)]
+    monkeypatch.setattr(metrics, "_KEPT", 0)
+    assert kept == [measure(logits, labels, resamples=230)["ece"]] * 2
