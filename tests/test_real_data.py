@@ -19,8 +19,8 @@ def test_fashion_mnist_is_read_and_learned(tmp_path):
     assert [len(split) for split in (data.train, data.val, data.test)] == [54_000, 6_000, 10_000]
     assert data.test.known_labels.bincount().tolist() == [1000] * 10
     run = ensemble_kd.distill(
-        "lenet", "lenet", data="fashion-mnist", data_root=FASHION, limit_train=2000, epochs=2,
-        teacher_epochs=2, augment="none", controls="none", out=tmp_path / "run",
+        "lenet", "lenet", data="fashion-mnist", data_root=FASHION, limit_train=1500, epochs=2,
+        teacher_epochs=1, augment="none", controls="none", out=tmp_path / "run",
     )  # fmt: skip
     assert run.metrics["models"]["student"]["accuracy"]["value"] > 0.6
 
